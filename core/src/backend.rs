@@ -1,0 +1,122 @@
+//! What a backend implements, and how it registers itself.
+
+use std::time::Duration;
+
+use crate::error::{DumpError, Refusal, RestoreError};
+use crate::image::{Image, Zombie};
+use crate::resource::memory::Filler;
+use crate::target::{Pid, Target};
+
+/// A backend, as `inventory` holds it. A crate registers with
+/// `inventory::submit! { Backend { name: "ptrace", .. } }`, and whoever links it names it (`use ckpt_ptrace as _;`).
+pub struct Backend {
+    pub name: &'static str,
+    /// One line for people.
+    pub summary: &'static str,
+    pub capability: fn() -> Capability,
+    pub probe: fn() -> Probe,
+    pub dumper: Option<fn() -> Box<dyn Dumper>>,
+    pub restorer: Option<fn() -> Box<dyn Restorer>>,
+}
+
+inventory::collect!(Backend);
+
+/// What a backend can ever do, on any host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// Dumps a process that was not prepared.
+    pub attach: bool,
+    /// Starts programs so that they can be dumped.
+    pub launch: bool,
+    pub restore: bool,
+    /// Section names out of [`crate::resource::NAMES`].
+    pub resources: Vec<&'static str>,
+    /// The privileges it needs, in words: "CAP_SYS_PTRACE".
+    pub privileges: Vec<&'static str>,
+}
+
+/// What this host allows now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    pub dump: Availability,
+    pub restore: Availability,
+    /// Kernel features that make a difference, present or not: ("PAGEMAP_SCAN", true).
+    pub features: Vec<(&'static str, bool)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Availability {
+    Available,
+    /// With the reason and, where there is one, the way out.
+    Unavailable(String),
+}
+
+/// How to dump.
+#[derive(Clone, Debug)]
+pub struct DumpOptions {
+    pub shell_job: bool,
+    pub tcp_close: bool,
+    /// For the freeze.
+    pub timeout: Duration,
+}
+
+/// Brings a running tree to a stop and to a [`Target`] for each of its processes.
+///
+/// Duties:
+/// 1. `freeze` returns with every thread of every process of the tree stopped, and no process of the tree outside it.
+/// 2. From `freeze` on, should the dumper end in any way, the tree goes on as if nothing had happened.
+/// 3. What must not be dumped ([`DumpError::NotDumpable`]) is refused before anything is touched.
+pub trait Dumper {
+    fn freeze(&self, root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError>;
+}
+
+/// A frozen tree. Dropping it thaws it.
+pub trait Frozen {
+    /// The live processes, parents before children.
+    fn processes(&self) -> &[FrozenProcess];
+    fn zombies(&self) -> &[Zombie];
+    /// All targets, in the order of [`processes`](Frozen::processes).
+    fn targets(&mut self) -> &mut [Box<dyn Target>];
+    /// Lets the tree go on.
+    fn thaw(self: Box<Self>) -> Result<(), DumpError>;
+    /// Leaves every process stopped as by SIGSTOP.
+    fn stop(self: Box<Self>) -> Result<(), DumpError>;
+    /// Ends every process, and waits until they are gone.
+    fn kill(self: Box<Self>) -> Result<(), DumpError>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrozenProcess {
+    pub task: crate::image::Task,
+    /// It was stopped by a signal before the freeze.
+    pub stopped: bool,
+}
+
+/// How to restore.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    pub shell_job: bool,
+}
+
+/// Makes the empty process tree that the resources are rebuilt in.
+///
+/// Duties:
+/// 1. `skeleton` makes every process and thread of the image with its id, parent, session and group, and the zombies.
+/// 2. Until `release` has let go, no process of the tree runs a single instruction of the program, and should the
+///    restorer end in any way, the whole tree is gone.
+/// 3. `release` lets the whole tree go at once.
+pub trait Restorer {
+    /// What this backend on this host cannot bring back of the image. Touches nothing.
+    fn check(&self, image: &Image) -> Vec<Refusal>;
+    fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError>;
+    /// Who fills the memory: [`crate::resource::memory::Eager`], or a pager.
+    fn filler(&self) -> Box<dyn Filler>;
+}
+
+/// An empty process tree. Dropping it ends it.
+pub trait Skeleton {
+    /// All targets, in the order of [`Image::processes`].
+    fn targets(&mut self) -> &mut [Box<dyn Target>];
+    /// Lets the whole tree go. Afterwards it does not depend on us any more.
+    fn release(self: Box<Self>) -> Result<(), RestoreError>;
+}

@@ -1,0 +1,149 @@
+//! The dump pipeline: task tree, freeze, resources, image, thaw or kill.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backend::{DumpOptions, Dumper, Frozen};
+use crate::error::{DumpError, Refusal};
+use crate::image::{Image, Process, Thread};
+use crate::resource::{
+    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+};
+use crate::store::ImageWriter;
+use crate::target::Pid;
+
+/// What becomes of the tree after the dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    Kill,
+    LeaveRunning,
+    LeaveStopped,
+}
+
+/// Set by a signal handler to end a pipeline at the next step, with everything undone.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// What was dumped, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub processes: usize,
+    pub threads: usize,
+    /// Bytes of page data in the image.
+    pub page_bytes: u64,
+}
+
+/// Saves the tree under `root` with `dumper` into an image that `store` makes once the tree is frozen.
+///
+/// # Errors
+/// In every case the tree goes on as if nothing had happened, and no image is left behind.
+pub fn dump(
+    dumper: &dyn Dumper,
+    root: Pid,
+    options: &DumpOptions,
+    after: After,
+    mut store: Box<dyn ImageWriter>,
+) -> Result<Summary, DumpError> {
+    let mut frozen = dumper.freeze(root, options)?;
+    let image = collect(&mut *frozen, options, &mut *store)?;
+    let summary = Summary {
+        processes: image.processes.len() + image.zombies.len(),
+        threads: image.processes.iter().map(|process| process.threads.len()).sum(),
+        page_bytes: memory::page_bytes(&image),
+    };
+    interruption()?;
+    store.publish(&image)?;
+    match after {
+        After::Kill => frozen.kill()?,
+        After::LeaveRunning => frozen.thaw()?,
+        After::LeaveStopped => frozen.stop()?,
+    }
+    Ok(summary)
+}
+
+/// What could not be saved of the tree under `root`: a dump without an image. The tree goes on.
+pub fn examine(dumper: &dyn Dumper, root: Pid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
+    let mut frozen = dumper.freeze(root, options)?;
+    let result = collect(&mut *frozen, options, &mut crate::store::Nowhere::new()?);
+    frozen.thaw()?;
+    match result {
+        Ok(_) => Ok(Vec::new()),
+        Err(DumpError::Unsupported(refusals)) => Ok(refusals),
+        Err(error) => Err(error),
+    }
+}
+
+fn interruption() -> Result<(), DumpError> {
+    if INTERRUPTED.load(Ordering::Relaxed) { Err(DumpError::Interrupted) } else { Ok(()) }
+}
+
+/// Collects every resource, and writes the pages.
+fn collect(frozen: &mut dyn Frozen, options: &DumpOptions, store: &mut dyn ImageWriter) -> Result<Image, DumpError> {
+    let host =
+        crate::plan::host_facts().map_err(|source| DumpError::Io { what: "facts of this host".into(), source })?;
+    let tasks = frozen.processes().to_vec();
+    let zombies = frozen.zombies().to_vec();
+    let mut refusals = Vec::new();
+    crate::plan::refuse_unrestorable_tasks(&tasks, &zombies, options, &mut refusals);
+
+    let targets = frozen.targets();
+    let mut objects = memory::Objects::default();
+    let (tables, files) = descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
+    let mut tables = tables.into_iter();
+    let locks = locks::collect(targets, &files, &mut refusals)?;
+    let mut processes = Vec::with_capacity(targets.len());
+    for (target, task) in targets.iter_mut().zip(tasks) {
+        interruption()?;
+        let mut context =
+            Collect { target: &mut **target, thread: 0, options, refusals: &mut refusals, resource: "tasks" };
+        processes.push(Process {
+            task: task.task,
+            stopped: task.stopped,
+            descriptors: tables.next().expect("a table for each process"),
+            filesystem: context.collect::<filesystem::ProcessFilesystem>()?,
+            signals: context.collect::<signals::ProcessSignals>()?,
+            timers: context.collect::<timers::ProcessTimers>()?,
+            limits: context.collect::<limits::ResourceLimits>()?,
+            attributes: context.collect::<attributes::Attributes>()?,
+            threads: collect_threads(&mut context)?,
+            memory: memory::collect(&mut context.section(memory::NAME), &mut objects)?,
+        });
+    }
+    if !refusals.is_empty() {
+        return Err(DumpError::Unsupported(refusals));
+    }
+    // Everything can be saved: now the pages, which take the time.
+    for (target, process) in targets.iter_mut().zip(&mut processes) {
+        interruption()?;
+        memory::write_pages(&mut **target, &mut process.memory, store)?;
+    }
+    let memory_objects = objects.write(targets, store)?;
+    Ok(Image {
+        host,
+        processes,
+        zombies,
+        files,
+        memory_objects,
+        locks,
+        shell_job: options.shell_job,
+        losses: Vec::new(),
+    })
+}
+
+fn collect_threads(context: &mut Collect<'_>) -> Result<Vec<Thread>, DumpError> {
+    let tids = context.target.threads().to_vec();
+    let mut threads = Vec::with_capacity(tids.len());
+    for (index, tid) in tids.into_iter().enumerate() {
+        context.thread = index;
+        let saved =
+            context.target.context(index).map_err(|source| context.section("registers").target_error(source))?;
+        threads.push(Thread {
+            tid,
+            context: saved,
+            signals: context.collect::<signals::ThreadSignals>()?,
+            credentials: context.collect::<credentials::ThreadCredentials>()?,
+            scheduling: context.collect::<scheduling::ThreadScheduling>()?,
+            attributes: context.collect::<attributes::ThreadAttributes>()?,
+        });
+    }
+    context.thread = 0;
+    Ok(threads)
+}

@@ -1,0 +1,85 @@
+//! The restore pipeline: image, plan, skeleton, resources, memory, release.
+
+use std::sync::atomic::Ordering;
+
+use crate::backend::{RestoreOptions, Restorer, Skeleton};
+use crate::dump::INTERRUPTED;
+use crate::error::RestoreError;
+use crate::image::Process;
+use crate::plan::Plan;
+use crate::resource::{
+    Rebuild, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+};
+use crate::store::ImageReader;
+use crate::target::Pid;
+
+/// Brings back the tree of an image. Returns the pid of its root, which runs.
+///
+/// # Errors
+/// In every case nothing of the tree runs or is left behind.
+pub fn restore(
+    restorer: &dyn Restorer,
+    reader: &dyn ImageReader,
+    options: &RestoreOptions,
+) -> Result<Pid, RestoreError> {
+    let image = reader.image();
+    let plan = Plan::new(restorer, image, options)?;
+    let mut skeleton = plan.skeleton()?;
+    rebuild(&mut *skeleton, restorer, reader, options)?;
+    interruption()?;
+    skeleton.release()?;
+    Ok(image.processes[0].task.pid)
+}
+
+fn interruption() -> Result<(), RestoreError> {
+    if INTERRUPTED.load(Ordering::Relaxed) { Err(RestoreError::Interrupted) } else { Ok(()) }
+}
+
+/// Rebuilds every resource, and brings in the pages.
+fn rebuild(
+    skeleton: &mut dyn Skeleton,
+    restorer: &dyn Restorer,
+    reader: &dyn ImageReader,
+    options: &RestoreOptions,
+) -> Result<(), RestoreError> {
+    let image = reader.image();
+    let targets = skeleton.targets();
+    let objects = memory::map_all(targets, reader)?;
+    interruption()?;
+    descriptors::rebuild(targets, reader, &objects, options)?;
+    drop(objects);
+    locks::rebuild(targets, image)?;
+    let mut filler = restorer.filler();
+    for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
+        interruption()?;
+        filler.fill(index, &mut **target, &process.memory, reader)?;
+        memory::finish(&mut **target, &process.memory)?;
+        let mut context = Rebuild { target: &mut **target, thread: 0, options, resource: "tasks" };
+        rebuild_process(&mut context, process)?;
+    }
+    Ok(())
+}
+
+/// The settings of one process. Order matters: what needs privilege comes before the credentials.
+fn rebuild_process(context: &mut Rebuild<'_>, process: &Process) -> Result<(), RestoreError> {
+    context.rebuild::<filesystem::ProcessFilesystem>(&process.filesystem)?;
+    context.rebuild::<signals::ProcessSignals>(&process.signals)?;
+    context.rebuild::<attributes::Attributes>(&process.attributes)?;
+    for (index, thread) in process.threads.iter().enumerate() {
+        context.thread = index;
+        context.rebuild::<scheduling::ThreadScheduling>(&thread.scheduling)?;
+        context.rebuild::<signals::ThreadSignals>(&thread.signals)?;
+    }
+    context.thread = 0;
+    context.rebuild::<timers::ProcessTimers>(&process.timers)?;
+    context.rebuild::<limits::ResourceLimits>(&process.limits)?;
+    for (index, thread) in process.threads.iter().enumerate() {
+        context.thread = index;
+        context.rebuild::<credentials::ThreadCredentials>(&thread.credentials)?;
+        context.rebuild::<attributes::ThreadAttributes>(&thread.attributes)?;
+        let set = context.target.set_context(index, &thread.context);
+        set.map_err(|source| RestoreError::Target { resource: "registers", pid: process.task.pid, source })?;
+    }
+    context.thread = 0;
+    Ok(())
+}
