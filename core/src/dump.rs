@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::backend::{DumpOptions, Dumper, Frozen};
 use crate::error::{DumpError, Refusal};
 use crate::image::{Image, Process, Thread};
+use crate::progress::{Meter, Phase, Progress, Silent};
 use crate::resource::{
     Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
 };
@@ -41,16 +42,20 @@ pub fn dump(
     options: &DumpOptions,
     after: After,
     mut store: Box<dyn ImageWriter>,
+    progress: &mut dyn Progress,
 ) -> Result<Summary, DumpError> {
+    progress.phase(Phase::Freeze);
     let mut frozen = dumper.freeze(root, options)?;
-    let image = collect(&mut *frozen, options, &mut *store)?;
+    let image = collect(&mut *frozen, options, &mut *store, progress)?;
     let summary = Summary {
         processes: image.processes.len() + image.zombies.len(),
         threads: image.processes.iter().map(|process| process.threads.len()).sum(),
         page_bytes: memory::page_bytes(&image),
     };
     interruption()?;
+    progress.phase(Phase::Publish);
     store.publish(&image)?;
+    progress.phase(Phase::LetGo);
     match after {
         After::Kill => frozen.kill()?,
         After::LeaveRunning => frozen.thaw()?,
@@ -62,7 +67,7 @@ pub fn dump(
 /// What could not be saved of the tree under `root`: a dump without an image. The tree goes on.
 pub fn examine(dumper: &dyn Dumper, root: Pid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
     let mut frozen = dumper.freeze(root, options)?;
-    let result = collect(&mut *frozen, options, &mut crate::store::Nowhere::new()?);
+    let result = collect(&mut *frozen, options, &mut crate::store::Nowhere::new()?, &mut Silent);
     frozen.thaw()?;
     match result {
         Ok(_) => Ok(Vec::new()),
@@ -76,7 +81,13 @@ fn interruption() -> Result<(), DumpError> {
 }
 
 /// Collects every resource, and writes the pages.
-fn collect(frozen: &mut dyn Frozen, options: &DumpOptions, store: &mut dyn ImageWriter) -> Result<Image, DumpError> {
+fn collect(
+    frozen: &mut dyn Frozen,
+    options: &DumpOptions,
+    store: &mut dyn ImageWriter,
+    progress: &mut dyn Progress,
+) -> Result<Image, DumpError> {
+    progress.phase(Phase::Collect);
     let host =
         crate::plan::host_facts().map_err(|source| DumpError::Io { what: "facts of this host".into(), source })?;
     let tasks = frozen.processes().to_vec();
@@ -111,11 +122,12 @@ fn collect(frozen: &mut dyn Frozen, options: &DumpOptions, store: &mut dyn Image
         return Err(DumpError::Unsupported(refusals));
     }
     // Everything can be saved: now the pages, which take the time.
+    let mut meter = Meter::new(progress, Phase::WritePages, None);
     for (target, process) in targets.iter_mut().zip(&mut processes) {
         interruption()?;
-        memory::write_pages(&mut **target, &mut process.memory, store)?;
+        memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
     }
-    let memory_objects = objects.write(targets, store)?;
+    let memory_objects = objects.write(targets, store, &mut meter)?;
     Ok(Image {
         host,
         processes,

@@ -17,6 +17,7 @@ pub mod error;
 pub mod image;
 pub mod plan;
 pub mod procfs;
+pub mod progress;
 pub mod registry;
 pub mod resource;
 pub mod restore;

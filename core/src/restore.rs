@@ -7,6 +7,7 @@ use crate::dump::INTERRUPTED;
 use crate::error::RestoreError;
 use crate::image::Process;
 use crate::plan::Plan;
+use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
     Rebuild, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
 };
@@ -21,14 +22,50 @@ pub fn restore(
     restorer: &dyn Restorer,
     reader: &dyn ImageReader,
     options: &RestoreOptions,
+    progress: &mut dyn Progress,
 ) -> Result<Pid, RestoreError> {
+    prepare(restorer, reader, options, progress)?.release()
+}
+
+/// A tree that is whole again and does not run yet. Dropping it ends it.
+pub struct Prepared {
+    skeleton: Box<dyn Skeleton>,
+    root: Pid,
+}
+
+impl Prepared {
+    /// The root of the tree.
+    pub fn root(&self) -> Pid {
+        self.root
+    }
+
+    /// Lets the tree go on. Returns the pid of its root.
+    pub fn release(self) -> Result<Pid, RestoreError> {
+        interruption()?;
+        self.skeleton.release()?;
+        Ok(self.root)
+    }
+}
+
+/// The first part of [`restore`]: everything but the release.
+///
+/// # Errors
+/// In every case nothing of the tree is left behind.
+pub fn prepare(
+    restorer: &dyn Restorer,
+    reader: &dyn ImageReader,
+    options: &RestoreOptions,
+    progress: &mut dyn Progress,
+) -> Result<Prepared, RestoreError> {
     let image = reader.image();
+    progress.phase(Phase::Plan);
     let plan = Plan::new(restorer, image, options)?;
-    let mut skeleton = plan.skeleton()?;
-    rebuild(&mut *skeleton, restorer, reader, options)?;
     interruption()?;
-    skeleton.release()?;
-    Ok(image.processes[0].task.pid)
+    progress.phase(Phase::Skeleton);
+    let mut skeleton = plan.skeleton()?;
+    progress.phase(Phase::Rebuild);
+    rebuild(&mut *skeleton, restorer, reader, options, progress)?;
+    Ok(Prepared { skeleton, root: image.processes[0].task.pid })
 }
 
 fn interruption() -> Result<(), RestoreError> {
@@ -41,6 +78,7 @@ fn rebuild(
     restorer: &dyn Restorer,
     reader: &dyn ImageReader,
     options: &RestoreOptions,
+    progress: &mut dyn Progress,
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
@@ -50,9 +88,10 @@ fn rebuild(
     drop(objects);
     locks::rebuild(targets, image)?;
     let mut filler = restorer.filler();
+    let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
     for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
         interruption()?;
-        filler.fill(index, &mut **target, &process.memory, reader)?;
+        filler.fill(index, &mut **target, &process.memory, reader, &mut meter)?;
         memory::finish(&mut **target, &process.memory)?;
         let mut context = Rebuild { target: &mut **target, thread: 0, options, resource: "tasks" };
         rebuild_process(&mut context, process)?;

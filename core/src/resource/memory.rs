@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::error::{DumpError, RestoreError};
 use crate::image::Image;
+use crate::progress::Meter;
 use crate::resource::files::Identity;
 use crate::resource::{Check, Collect};
 use crate::store::{ImageReader, ImageWriter, PageExtent};
@@ -133,6 +134,7 @@ pub trait Filler {
         target: &mut dyn Target,
         memory: &Memory,
         reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
     ) -> Result<(), RestoreError>;
 }
 
@@ -146,6 +148,7 @@ impl Filler for Eager {
         _target: &mut dyn Target,
         _memory: &Memory,
         _reader: &dyn ImageReader,
+        _meter: &mut Meter<'_>,
     ) -> Result<(), RestoreError> {
         Ok(())
     }
@@ -169,6 +172,7 @@ pub fn write_pages(
     _target: &mut dyn Target,
     _memory: &mut Memory,
     _store: &mut dyn ImageWriter,
+    _meter: &mut Meter<'_>,
 ) -> Result<(), DumpError> {
     todo!()
 }
@@ -179,6 +183,7 @@ impl Objects {
         self,
         _targets: &mut [Box<dyn Target>],
         _store: &mut dyn ImageWriter,
+        _meter: &mut Meter<'_>,
     ) -> Result<Vec<Object>, DumpError> {
         todo!()
     }
