@@ -1,0 +1,88 @@
+//! Address spaces and shared memory objects. The pages themselves are in `pages.bin`.
+
+use ckpt_core::resource::memory::Pages;
+use ckpt_core::store::PageExtent;
+use serde::{Deserialize, Serialize};
+
+use crate::v1::files::IdentityV1;
+use crate::wire::{Bytes, Invalid, Item, Wire, wire_enum, wire_struct};
+
+wire_struct! {
+    pub struct MemoryV1 for ckpt_core::resource::memory::Memory {
+        mappings: Vec<MappingV1>,
+        layout: LayoutV1,
+        auxv: Bytes,
+        exe: Bytes,
+        exe_identity: IdentityV1,
+    }
+}
+
+wire_struct! {
+    pub struct LayoutV1 for ckpt_core::resource::memory::Layout {
+        start_code: u64,
+        end_code: u64,
+        start_data: u64,
+        end_data: u64,
+        start_brk: u64,
+        brk: u64,
+        start_stack: u64,
+        arg_start: u64,
+        arg_end: u64,
+        env_start: u64,
+        env_end: u64,
+    }
+}
+
+wire_struct! {
+    pub struct MappingV1 for ckpt_core::resource::memory::Mapping {
+        start: u64,
+        end: u64,
+        protection: i32,
+        shared: bool,
+        source: SourceV1,
+        flags: Vec<Bytes>,
+        anonymous_name: Option<Bytes>,
+        protection_key: u32,
+        pages: Vec<PagesV1>,
+    }
+}
+
+/// `[start, first, pages]`: an array, as there may be a million of them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PagesV1(pub u64, pub u64, pub u64);
+
+impl Wire<Pages> for PagesV1 {
+    fn from_live(live: &Pages) -> PagesV1 {
+        PagesV1(live.start, live.extent.first, live.extent.pages)
+    }
+    fn into_live(self) -> Result<Pages, Invalid> {
+        Ok(Pages { start: self.0, extent: PageExtent { first: self.1, pages: self.2 } })
+    }
+}
+
+impl Item for PagesV1 {}
+
+wire_enum! {
+    pub enum SourceV1 for ckpt_core::resource::memory::Source {
+        Anonymous,
+        File { path: Bytes, identity: IdentityV1, offset: u64, writable: bool },
+        Object { id: u32, offset: u64, writable: bool },
+        Vdso,
+        Vvar,
+    }
+}
+
+wire_struct! {
+    pub struct ObjectV1 for ckpt_core::resource::memory::Object {
+        kind: ObjectKindV1,
+        size: u64,
+        pages: Vec<PagesV1>,
+    }
+}
+
+wire_enum! {
+    pub enum ObjectKindV1 for ckpt_core::resource::memory::ObjectKind {
+        Anonymous,
+        Memfd { name: Bytes, flags: u32, seals: u32, mode: u32, uid: u32, gid: u32 },
+    }
+}

@@ -1,0 +1,48 @@
+//! Version 1 of the image format: the wire structs, one file a kind.
+//!
+//! # Adding a kind of state (until v1 is released)
+//! 1. Write `v1/KIND.rs` with [`wire_struct!`](crate::wire) and `wire_enum!`, fields named as in the live struct, and
+//!    add `pub mod KIND;` below. The table of types is in `wire.rs`.
+//! 2. A kind of file: one line in `FileKindV1` in `descriptors.rs`, `Pipe(PipeV1)`, the variant named as in
+//!    `file_kinds!`. State of a process or thread: its struct is there as a placeholder already, extend it.
+//! 3. What the types cannot say (an index in range, a number that core takes for granted) goes into `validate.rs`.
+//! 4. `CKPT_UPDATE=1 cargo test -p ckpt-formats` writes the new hash of these files into SPEC.md and makes the golden
+//!    image anew; look at the diff. Put a value of your kind into `tests/common/mod.rs` so that it is in the golden image,
+//!    and its fields into SPEC.md.
+//!
+//! After the release of v1 these files do not change: what is new makes a `v2`.
+
+pub mod attributes;
+pub mod credentials;
+pub mod descriptors;
+pub mod devices;
+pub mod files;
+pub mod filesystem;
+pub mod host;
+pub mod limits;
+pub mod locks;
+pub mod memory;
+pub mod registers;
+pub mod scheduling;
+pub mod signals;
+pub mod tasks;
+pub mod timers;
+
+use crate::wire::wire_struct;
+
+/// The number in the header.
+pub const VERSION: u32 = 1;
+
+wire_struct! {
+    /// The whole manifest.
+    pub struct ImageV1 for ckpt_core::Image {
+        host: host::HostFactsV1,
+        processes: Vec<tasks::ProcessV1>,
+        zombies: Vec<tasks::ZombieV1>,
+        files: Vec<descriptors::OpenFileV1>,
+        memory_objects: Vec<memory::ObjectV1>,
+        locks: Vec<locks::LockV1>,
+        shell_job: bool,
+        losses: Vec<String>,
+    }
+}

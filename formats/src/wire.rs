@@ -1,0 +1,341 @@
+//! [`Wire`]: the conversions between live types and the frozen structs that stand for them on the wire.
+//!
+//! Live types (in `ckpt-core`) change as the project does and derive no serde. Wire structs are frozen per version and do.
+//! Two macros write both the struct and the conversions:
+//!
+//! ```ignore
+//! wire_struct! {
+//!     /// A pipe.
+//!     pub struct PipeV1 for ckpt_core::resource::pipes::Pipe { size: u64, data: Bytes, reader: Option<u32> }
+//! }
+//! wire_enum! {
+//!     pub enum ShapeV1 for ckpt_core::resource::shapes::Shape { Point, Circle { radius: u64 }, Polygon(PolygonV1) }
+//! }
+//! ```
+//!
+//! Field names are those of the live struct; field types are wire types:
+//!
+//! | live | wire |
+//! |---|---|
+//! | `bool`, integers, `String` | the same |
+//! | `Vec<u8>`, `[u8; N]`, `PathBuf`, `OsString` | [`Bytes`] |
+//! | `Option<T>`, `Vec<T>`, tuples and `[T; N]` up to 4 | the same, of the wire type of `T` |
+//! | `Pid`, `RemoteFd` | `i32` |
+//! | `FileId`, `ObjectId`, `BlobId` | `u32` |
+//! | `RemotePtr` | `u64` |
+//! | `PageExtent` | `(u64, u64)` |
+//! | a struct or enum of a kind | its `...V1` |
+//!
+//! For anything else implement [`Wire`] by hand beside the struct: live to wire cannot fail, wire to live must check all
+//! that the type cannot say.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use ckpt_core::resource::descriptors::FileId;
+use ckpt_core::resource::memory::ObjectId;
+use ckpt_core::store::{BlobId, PageExtent};
+use ckpt_core::{Pid, RemoteFd, RemotePtr};
+use serde::de::{Deserialize, Deserializer, Error, Visitor};
+use serde::ser::{Serialize, Serializer};
+
+/// A wire type that stands for a live type.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not stand for `{Live}` on the wire",
+    note = "`Bytes` stands for `Vec<u8>`, `[u8; N]`, `PathBuf` and `OsString`; see the table in formats/src/wire.rs"
+)]
+pub trait Wire<Live>: Sized {
+    fn from_live(live: &Live) -> Self;
+
+    /// # Errors
+    /// When the value cannot be one of the live type. Nothing is allocated beyond what `self` holds.
+    fn into_live(self) -> Result<Live, Invalid>;
+}
+
+/// A decoded value that no image can hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// Where it is: `processes.0.memory.mappings.3.flags`.
+    pub place: String,
+    pub why: String,
+}
+
+impl Invalid {
+    pub fn new(why: impl Into<String>) -> Invalid {
+        Invalid { place: String::new(), why: why.into() }
+    }
+
+    /// The same, one level further out.
+    pub fn within(mut self, outer: impl fmt::Display) -> Invalid {
+        self.place = if self.place.is_empty() { outer.to_string() } else { format!("{outer}.{}", self.place) };
+        self
+    }
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.place.is_empty() { f.write_str(&self.why) } else { write!(f, "{}: {}", self.place, self.why) }
+    }
+}
+
+/// What may stand in a list. `u8` may not: a list of bytes is [`Bytes`].
+#[diagnostic::on_unimplemented(message = "a list of `{Self}` has no wire form", note = "write `Bytes` for `Vec<u8>`")]
+pub trait Item {}
+
+/// A CBOR byte string.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes(pub Vec<u8>);
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "b\"{}\"", self.0.escape_ascii())
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+        struct Buffer;
+        impl Visitor<'_> for Buffer {
+            type Value = Bytes;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a byte string")
+            }
+            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Bytes, E> {
+                Ok(Bytes(bytes.to_vec()))
+            }
+            fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Bytes, E> {
+                Ok(Bytes(bytes))
+            }
+        }
+        deserializer.deserialize_byte_buf(Buffer)
+    }
+}
+
+/// Types that are their own wire form.
+macro_rules! identical {
+    ($($type:ty),*) => {$(
+        impl Wire<$type> for $type {
+            fn from_live(live: &$type) -> $type {
+                live.clone()
+            }
+            fn into_live(self) -> Result<$type, Invalid> {
+                Ok(self)
+            }
+        }
+    )*};
+}
+
+identical!(bool, u8, u16, u32, u64, i8, i16, i32, i64, String);
+
+macro_rules! items {
+    ($($type:ty),*) => { $(impl Item for $type {})* };
+}
+
+items!(bool, u16, u32, u64, i8, i16, i32, i64, String, Bytes);
+impl<T> Item for Option<T> {}
+impl<T> Item for Vec<T> {}
+impl<A, B> Item for (A, B) {}
+impl<A, B, C> Item for (A, B, C) {}
+impl<A, B, C, D> Item for (A, B, C, D) {}
+
+/// Newtypes around a number.
+macro_rules! numbers {
+    ($($live:ident: $wire:ty),* $(,)?) => {$(
+        impl Wire<$live> for $wire {
+            fn from_live(live: &$live) -> $wire {
+                live.0
+            }
+            fn into_live(self) -> Result<$live, Invalid> {
+                Ok($live(self))
+            }
+        }
+    )*};
+}
+
+numbers! { Pid: i32, RemoteFd: i32, RemotePtr: u64, FileId: u32, ObjectId: u32, BlobId: u32 }
+
+/// `(first, pages)`.
+impl Wire<PageExtent> for (u64, u64) {
+    fn from_live(live: &PageExtent) -> (u64, u64) {
+        (live.first, live.pages)
+    }
+    fn into_live(self) -> Result<PageExtent, Invalid> {
+        Ok(PageExtent { first: self.0, pages: self.1 })
+    }
+}
+
+impl Wire<Vec<u8>> for Bytes {
+    fn from_live(live: &Vec<u8>) -> Bytes {
+        Bytes(live.clone())
+    }
+    fn into_live(self) -> Result<Vec<u8>, Invalid> {
+        Ok(self.0)
+    }
+}
+
+impl<const N: usize> Wire<[u8; N]> for Bytes {
+    fn from_live(live: &[u8; N]) -> Bytes {
+        Bytes(live.to_vec())
+    }
+    fn into_live(self) -> Result<[u8; N], Invalid> {
+        let length = self.0.len();
+        self.0.try_into().map_err(|_| Invalid::new(format!("{length} bytes instead of {N}")))
+    }
+}
+
+impl Wire<OsString> for Bytes {
+    fn from_live(live: &OsString) -> Bytes {
+        Bytes(live.as_bytes().to_vec())
+    }
+    fn into_live(self) -> Result<OsString, Invalid> {
+        // No name in the kernel has one, and every call that is given one fails.
+        if self.0.contains(&0) { Err(Invalid::new("a NUL byte in a name")) } else { Ok(OsString::from_vec(self.0)) }
+    }
+}
+
+impl Wire<PathBuf> for Bytes {
+    fn from_live(live: &PathBuf) -> Bytes {
+        Bytes(live.as_os_str().as_bytes().to_vec())
+    }
+    fn into_live(self) -> Result<PathBuf, Invalid> {
+        Wire::<OsString>::into_live(self).map(PathBuf::from)
+    }
+}
+
+impl<L, W: Wire<L>> Wire<Option<L>> for Option<W> {
+    fn from_live(live: &Option<L>) -> Option<W> {
+        live.as_ref().map(W::from_live)
+    }
+    fn into_live(self) -> Result<Option<L>, Invalid> {
+        self.map(W::into_live).transpose()
+    }
+}
+
+impl<L, W: Wire<L> + Item> Wire<Vec<L>> for Vec<W> {
+    fn from_live(live: &Vec<L>) -> Vec<W> {
+        live.iter().map(W::from_live).collect()
+    }
+    fn into_live(self) -> Result<Vec<L>, Invalid> {
+        let mut live = Vec::with_capacity(self.len());
+        for (index, wire) in self.into_iter().enumerate() {
+            live.push(wire.into_live().map_err(|invalid| invalid.within(index))?);
+        }
+        Ok(live)
+    }
+}
+
+macro_rules! tuples {
+    ($($wire:ident $live:ident $number:tt),*) => {
+        impl<$($live, $wire: Wire<$live>),*> Wire<($($live,)*)> for ($($wire,)*) {
+            fn from_live(live: &($($live,)*)) -> ($($wire,)*) {
+                ($($wire::from_live(&live.$number),)*)
+            }
+            fn into_live(self) -> Result<($($live,)*), Invalid> {
+                Ok(($(self.$number.into_live().map_err(|invalid: Invalid| invalid.within($number))?,)*))
+            }
+        }
+    };
+}
+
+tuples!(W0 L0 0, W1 L1 1);
+tuples!(W0 L0 0, W1 L1 1, W2 L2 2);
+tuples!(W0 L0 0, W1 L1 1, W2 L2 2, W3 L3 3);
+
+macro_rules! arrays {
+    ($($length:literal),*) => {$(
+        impl<L, W: Wire<L> + Item> Wire<[L; $length]> for [W; $length] {
+            fn from_live(live: &[L; $length]) -> [W; $length] {
+                std::array::from_fn(|index| W::from_live(&live[index]))
+            }
+            fn into_live(self) -> Result<[L; $length], Invalid> {
+                let live: Vec<L> = Vec::from(self).into_live()?;
+                live.try_into().map_err(|_| Invalid::new("wrong length"))
+            }
+        }
+    )*};
+}
+
+arrays!(2, 3, 4);
+
+/// Declares a wire struct and its conversions from and to the live struct with the same fields. On the wire it is a map
+/// from field names.
+macro_rules! wire_struct {
+    ($(#[$meta:meta])* pub struct $name:ident for $live:path { $($field:ident: $type:ty),* $(,)? }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct $name { $(pub $field: $type,)* }
+
+        impl $crate::wire::Wire<$live> for $name {
+            #[allow(unused_variables)]
+            fn from_live(live: &$live) -> $name {
+                $name { $($field: <$type as $crate::wire::Wire<_>>::from_live(&live.$field),)* }
+            }
+            fn into_live(self) -> Result<$live, $crate::wire::Invalid> {
+                type Live = $live;
+                Ok(Live {
+                    $($field: <$type as $crate::wire::Wire<_>>::into_live(self.$field)
+                        .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?,)*
+                })
+            }
+        }
+
+        impl $crate::wire::Item for $name {}
+    };
+}
+
+/// Declares a wire enum and its conversions from and to the live enum with the same variants: unit, of one value, or
+/// with named fields. On the wire a unit variant is its name, any other a map of one pair, name and content.
+macro_rules! wire_enum {
+    ($(#[$meta:meta])* pub enum $name:ident for $live:path {
+        $($variant:ident $(($inner:ty))? $({ $($field:ident: $type:ty),* $(,)? })?),* $(,)?
+    }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub enum $name { $($variant $(($inner))? $({ $($field: $type),* })?,)* }
+
+        impl $crate::wire::Wire<$live> for $name {
+            fn from_live(live: &$live) -> $name {
+                type Live = $live;
+                match live {
+                    $(Live::$variant $(($crate::wire::binding!($inner, inner)))? $({ $($field),* })? =>
+                        $name::$variant
+                            $((<$inner as $crate::wire::Wire<_>>::from_live(inner)))?
+                            $({ $($field: <$type as $crate::wire::Wire<_>>::from_live($field)),* })?,)*
+                }
+            }
+            fn into_live(self) -> Result<$live, $crate::wire::Invalid> {
+                type Live = $live;
+                Ok(match self {
+                    $($name::$variant $(($crate::wire::binding!($inner, inner)))? $({ $($field),* })? =>
+                        Live::$variant
+                            $((<$inner as $crate::wire::Wire<_>>::into_live(inner)
+                                .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($variant)))?))?
+                            $({ $($field: <$type as $crate::wire::Wire<_>>::into_live($field)
+                                .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?),* })?,)*
+                })
+            }
+        }
+
+        impl $crate::wire::Item for $name {}
+    };
+}
+
+/// A name to bind to, once for each `$type`.
+macro_rules! binding {
+    ($type:ty, $name:ident) => {
+        $name
+    };
+}
+
+pub(crate) use {binding, wire_enum, wire_struct};
