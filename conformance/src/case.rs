@@ -1,0 +1,151 @@
+//! [`Case`]: one subject with how it is dumped, and [`Checkpoint`]: what a subject knows of its trial.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The subject creates it when it may be dumped.
+pub const READY: &str = "ready";
+/// The suite creates it when the subject shall judge itself.
+pub const GO: &str = "go";
+/// The subject writes it at its end: `pass`, or what was expected and what was found.
+pub const VERDICT: &str = "verdict";
+/// Standard output and standard error of the subject.
+pub const OUTPUT: &str = "output";
+
+/// The subject itself: sets state up, waits, checks it. An `Err` says what was expected and what was found.
+pub type Subject = fn(&Checkpoint) -> Result<(), String>;
+
+/// One thing to try: a subject, and how it is dumped and restored.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// `KIND/WHAT`, unique.
+    pub name: &'static str,
+    /// The sections that a backend must be able to save, out of `ckpt_core::resource::names()`.
+    pub resources: &'static [&'static str],
+    pub subject: Subject,
+    pub shell_job: bool,
+    pub tcp_close: bool,
+    pub refused_at_dump: Option<&'static str>,
+    pub refused_at_restore: Option<&'static str>,
+    pub after_dump: Option<fn(&Path)>,
+    pub unsteady: bool,
+}
+
+impl Case {
+    pub fn new(name: &'static str, resources: &'static [&'static str], subject: Subject) -> Case {
+        Case {
+            name,
+            resources,
+            subject,
+            shell_job: false,
+            tcp_close: false,
+            refused_at_dump: None,
+            refused_at_restore: None,
+            after_dump: None,
+            unsteady: false,
+        }
+    }
+
+    /// The subject is a job of a terminal: no session leader, its standard input is the terminal. Dumped and restored
+    /// with `--shell-job`.
+    pub fn shell_job(mut self) -> Case {
+        self.shell_job = true;
+        self
+    }
+
+    /// Dumped with `--tcp-close`.
+    pub fn tcp_close(mut self) -> Case {
+        self.tcp_close = true;
+        self
+    }
+
+    /// The dump must be refused with a message that holds this text, and the subject must go on and pass.
+    pub fn refused_at_dump(mut self, text: &'static str) -> Case {
+        self.refused_at_dump = Some(text);
+        self
+    }
+
+    /// Changes the world between dump and restore. It is given the trial's directory, and runs outside the tree. Not
+    /// called where the subject is left running.
+    pub fn after_dump(mut self, change: fn(&Path)) -> Case {
+        self.after_dump = Some(change);
+        self
+    }
+
+    /// The restore must be refused with a message that holds this text, and leave nothing behind.
+    pub fn refused_at_restore(mut self, text: &'static str) -> Case {
+        self.refused_at_restore = Some(text);
+        self
+    }
+
+    /// The subject goes on changing its mappings, descriptors or threads while it waits, so that what can be seen of
+    /// it from outside is not compared. It must then check for itself that nothing of ckpt stayed.
+    pub fn unsteady(mut self) -> Case {
+        self.unsteady = true;
+        self
+    }
+}
+
+/// What a subject knows of its trial. May be used from every thread and from forked children.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    ready: CString,
+    go: CString,
+}
+
+/// How long a subject waits before it says that it was forgotten.
+const GO_DEADLINE: Duration = Duration::from_secs(300);
+
+impl Checkpoint {
+    /// The checkpoint of a trial in an absolute directory.
+    pub fn new(dir: &Path) -> Checkpoint {
+        let path = |name| CString::new(dir.join(name).as_os_str().as_bytes()).expect("a path without NUL");
+        Checkpoint { dir: dir.to_path_buf(), ready: path(READY), go: path(GO) }
+    }
+
+    /// The trial's own directory, absolute; also the current directory of the subject.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Tells the suite to dump: `ready()`, then waits for the restore: `wait_for_go()`.
+    pub fn wait(&self) -> Result<(), String> {
+        self.ready()?;
+        self.wait_for_go()
+    }
+
+    /// Tells the suite that the tree may be dumped from now on. Does not allocate; may be called more than once.
+    pub fn ready(&self) -> Result<(), String> {
+        // SAFETY: `ready` is a C string that lives as long as `self`.
+        let fd = unsafe { libc::open(self.ready.as_ptr(), libc::O_CREAT | libc::O_WRONLY | libc::O_CLOEXEC, 0o666) };
+        if fd < 0 {
+            return Err(format!("creating {:?} failed: {}", self.ready, std::io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor was just opened here.
+        unsafe { libc::close(fd) };
+        Ok(())
+    }
+
+    /// Waits until the suite says that the subject was restored (or left running) and shall judge itself.
+    ///
+    /// Holds no descriptor and allocates nothing while it waits: `stat` and `nanosleep` of 1 ms in turn.
+    pub fn wait_for_go(&self) -> Result<(), String> {
+        let begin = Instant::now();
+        while !self.is_go() {
+            if begin.elapsed() > GO_DEADLINE {
+                return Err(format!("no sign to go on came within {} s", GO_DEADLINE.as_secs()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Whether the sign to go on is there. For subjects that work while they wait.
+    pub fn is_go(&self) -> bool {
+        // SAFETY: `go` is a C string that lives as long as `self`; access(2) writes nothing.
+        unsafe { libc::access(self.go.as_ptr(), libc::F_OK) == 0 }
+    }
+}

@@ -1,0 +1,34 @@
+//! The cases, one file a kind of state, with the name that the kind has everywhere.
+
+use crate::case::Case;
+
+mod tasks;
+
+/// Every case. A new file is a `mod` line above and a line here, both sorted.
+pub fn all() -> Vec<Case> {
+    let files: &[fn() -> Vec<Case>] = &[
+        tasks::cases, //
+    ];
+    files.iter().flat_map(|cases| cases()).collect()
+}
+
+/// The case of this name.
+pub fn find(name: &str) -> Option<Case> {
+    all().into_iter().find(|case| case.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn names_are_unique_and_resources_exist() {
+        let sections = ckpt_core::resource::names();
+        let mut seen = std::collections::BTreeSet::new();
+        for case in super::all() {
+            assert!(seen.insert(case.name), "two cases are called {}", case.name);
+            assert!(case.name.split_once('/').is_some(), "{} is not KIND/WHAT", case.name);
+            for resource in case.resources {
+                assert!(sections.contains(resource), "{}: there is no section {resource}", case.name);
+            }
+        }
+    }
+}
