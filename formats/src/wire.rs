@@ -50,8 +50,20 @@ pub trait Wire<Live>: Sized {
     fn from_live(live: &Live) -> Self;
 
     /// # Errors
-    /// When the value cannot be one of the live type. Nothing is allocated beyond what `self` holds.
-    fn into_live(self) -> Result<Live, Invalid>;
+    /// When the value cannot be one of the live type, or points outside of the image: see [`Bounds`]. Nothing is
+    /// allocated beyond what `self` holds.
+    fn into_live(self, bounds: &Bounds) -> Result<Live, Invalid>;
+}
+
+/// How much the image holds of everything that a number in it may point to. An id or page extent is checked where it is
+/// converted, so that no kind can forget to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    pub files: u32,
+    pub memory_objects: u32,
+    pub blobs: u32,
+    /// Pages in the page file.
+    pub pages: u64,
 }
 
 /// A decoded value that no image can hold.
@@ -127,7 +139,7 @@ macro_rules! identical {
             fn from_live(live: &$type) -> $type {
                 live.clone()
             }
-            fn into_live(self) -> Result<$type, Invalid> {
+            fn into_live(self, _bounds: &Bounds) -> Result<$type, Invalid> {
                 Ok(self)
             }
         }
@@ -149,27 +161,45 @@ impl<A, B, C, D> Item for (A, B, C, D) {}
 
 /// Newtypes around a number.
 macro_rules! numbers {
-    ($($live:ident: $wire:ty),* $(,)?) => {$(
+    ($($live:ident: $wire:ty $(, in $bound:ident)?);* $(;)?) => {$(
         impl Wire<$live> for $wire {
             fn from_live(live: &$live) -> $wire {
                 live.0
             }
-            fn into_live(self) -> Result<$live, Invalid> {
+            #[allow(unused_variables)]
+            fn into_live(self, bounds: &Bounds) -> Result<$live, Invalid> {
+                $(if self >= bounds.$bound {
+                    return Err(Invalid::new(format!(
+                        "{} {self} of {} {}",
+                        stringify!($live), bounds.$bound, stringify!($bound)
+                    )));
+                })?
                 Ok($live(self))
             }
         }
     )*};
 }
 
-numbers! { Pid: i32, RemoteFd: i32, RemotePtr: u64, FileId: u32, ObjectId: u32, BlobId: u32 }
+numbers! {
+    Pid: i32;
+    RemoteFd: i32;
+    RemotePtr: u64;
+    FileId: u32, in files;
+    ObjectId: u32, in memory_objects;
+    BlobId: u32, in blobs;
+}
 
 /// `(first, pages)`.
 impl Wire<PageExtent> for (u64, u64) {
     fn from_live(live: &PageExtent) -> (u64, u64) {
         (live.first, live.pages)
     }
-    fn into_live(self) -> Result<PageExtent, Invalid> {
-        Ok(PageExtent { first: self.0, pages: self.1 })
+    fn into_live(self, bounds: &Bounds) -> Result<PageExtent, Invalid> {
+        let (first, pages) = self;
+        match first.checked_add(pages) {
+            Some(end) if pages > 0 && end <= bounds.pages => Ok(PageExtent { first, pages }),
+            _ => Err(Invalid::new(format!("{pages} pages from {first} in a page file of {}", bounds.pages))),
+        }
     }
 }
 
@@ -177,7 +207,7 @@ impl Wire<Vec<u8>> for Bytes {
     fn from_live(live: &Vec<u8>) -> Bytes {
         Bytes(live.clone())
     }
-    fn into_live(self) -> Result<Vec<u8>, Invalid> {
+    fn into_live(self, _bounds: &Bounds) -> Result<Vec<u8>, Invalid> {
         Ok(self.0)
     }
 }
@@ -186,7 +216,7 @@ impl<const N: usize> Wire<[u8; N]> for Bytes {
     fn from_live(live: &[u8; N]) -> Bytes {
         Bytes(live.to_vec())
     }
-    fn into_live(self) -> Result<[u8; N], Invalid> {
+    fn into_live(self, _bounds: &Bounds) -> Result<[u8; N], Invalid> {
         let length = self.0.len();
         self.0.try_into().map_err(|_| Invalid::new(format!("{length} bytes instead of {N}")))
     }
@@ -196,7 +226,7 @@ impl Wire<OsString> for Bytes {
     fn from_live(live: &OsString) -> Bytes {
         Bytes(live.as_bytes().to_vec())
     }
-    fn into_live(self) -> Result<OsString, Invalid> {
+    fn into_live(self, _bounds: &Bounds) -> Result<OsString, Invalid> {
         // No name in the kernel has one, and every call that is given one fails.
         if self.0.contains(&0) { Err(Invalid::new("a NUL byte in a name")) } else { Ok(OsString::from_vec(self.0)) }
     }
@@ -206,8 +236,8 @@ impl Wire<PathBuf> for Bytes {
     fn from_live(live: &PathBuf) -> Bytes {
         Bytes(live.as_os_str().as_bytes().to_vec())
     }
-    fn into_live(self) -> Result<PathBuf, Invalid> {
-        Wire::<OsString>::into_live(self).map(PathBuf::from)
+    fn into_live(self, bounds: &Bounds) -> Result<PathBuf, Invalid> {
+        Wire::<OsString>::into_live(self, bounds).map(PathBuf::from)
     }
 }
 
@@ -215,8 +245,8 @@ impl<L, W: Wire<L>> Wire<Option<L>> for Option<W> {
     fn from_live(live: &Option<L>) -> Option<W> {
         live.as_ref().map(W::from_live)
     }
-    fn into_live(self) -> Result<Option<L>, Invalid> {
-        self.map(W::into_live).transpose()
+    fn into_live(self, bounds: &Bounds) -> Result<Option<L>, Invalid> {
+        self.map(|wire| wire.into_live(bounds)).transpose()
     }
 }
 
@@ -224,10 +254,10 @@ impl<L, W: Wire<L> + Item> Wire<Vec<L>> for Vec<W> {
     fn from_live(live: &Vec<L>) -> Vec<W> {
         live.iter().map(W::from_live).collect()
     }
-    fn into_live(self) -> Result<Vec<L>, Invalid> {
+    fn into_live(self, bounds: &Bounds) -> Result<Vec<L>, Invalid> {
         let mut live = Vec::with_capacity(self.len());
         for (index, wire) in self.into_iter().enumerate() {
-            live.push(wire.into_live().map_err(|invalid| invalid.within(index))?);
+            live.push(wire.into_live(bounds).map_err(|invalid| invalid.within(index))?);
         }
         Ok(live)
     }
@@ -239,8 +269,8 @@ macro_rules! tuples {
             fn from_live(live: &($($live,)*)) -> ($($wire,)*) {
                 ($($wire::from_live(&live.$number),)*)
             }
-            fn into_live(self) -> Result<($($live,)*), Invalid> {
-                Ok(($(self.$number.into_live().map_err(|invalid: Invalid| invalid.within($number))?,)*))
+            fn into_live(self, bounds: &Bounds) -> Result<($($live,)*), Invalid> {
+                Ok(($(self.$number.into_live(bounds).map_err(|invalid: Invalid| invalid.within($number))?,)*))
             }
         }
     };
@@ -256,8 +286,8 @@ macro_rules! arrays {
             fn from_live(live: &[L; $length]) -> [W; $length] {
                 std::array::from_fn(|index| W::from_live(&live[index]))
             }
-            fn into_live(self) -> Result<[L; $length], Invalid> {
-                let live: Vec<L> = Vec::from(self).into_live()?;
+            fn into_live(self, bounds: &Bounds) -> Result<[L; $length], Invalid> {
+                let live: Vec<L> = Vec::from(self).into_live(bounds)?;
                 live.try_into().map_err(|_| Invalid::new("wrong length"))
             }
         }
@@ -280,10 +310,11 @@ macro_rules! wire_struct {
             fn from_live(live: &$live) -> $name {
                 $name { $($field: <$type as $crate::wire::Wire<_>>::from_live(&live.$field),)* }
             }
-            fn into_live(self) -> Result<$live, $crate::wire::Invalid> {
+            #[allow(unused_variables)]
+            fn into_live(self, bounds: &$crate::wire::Bounds) -> Result<$live, $crate::wire::Invalid> {
                 type Live = $live;
                 Ok(Live {
-                    $($field: <$type as $crate::wire::Wire<_>>::into_live(self.$field)
+                    $($field: <$type as $crate::wire::Wire<_>>::into_live(self.$field, bounds)
                         .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?,)*
                 })
             }
@@ -314,14 +345,15 @@ macro_rules! wire_enum {
                             $({ $($field: <$type as $crate::wire::Wire<_>>::from_live($field)),* })?,)*
                 }
             }
-            fn into_live(self) -> Result<$live, $crate::wire::Invalid> {
+            #[allow(unused_variables)]
+            fn into_live(self, bounds: &$crate::wire::Bounds) -> Result<$live, $crate::wire::Invalid> {
                 type Live = $live;
                 Ok(match self {
                     $($name::$variant $(($crate::wire::binding!($inner, inner)))? $({ $($field),* })? =>
                         Live::$variant
-                            $((<$inner as $crate::wire::Wire<_>>::into_live(inner)
+                            $((<$inner as $crate::wire::Wire<_>>::into_live(inner, bounds)
                                 .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($variant)))?))?
-                            $({ $($field: <$type as $crate::wire::Wire<_>>::into_live($field)
+                            $({ $($field: <$type as $crate::wire::Wire<_>>::into_live($field, bounds)
                                 .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?),* })?,)*
                 })
             }

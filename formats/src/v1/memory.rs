@@ -1,11 +1,10 @@
 //! Address spaces and shared memory objects. The pages themselves are in `pages.bin`.
 
 use ckpt_core::resource::memory::Pages;
-use ckpt_core::store::PageExtent;
 use serde::{Deserialize, Serialize};
 
 use crate::v1::files::IdentityV1;
-use crate::wire::{Bytes, Invalid, Item, Wire, wire_enum, wire_struct};
+use crate::wire::{Bounds, Bytes, Invalid, Item, Wire, wire_enum, wire_struct};
 
 wire_struct! {
     pub struct MemoryV1 for ckpt_core::resource::memory::Memory {
@@ -55,8 +54,8 @@ impl Wire<Pages> for PagesV1 {
     fn from_live(live: &Pages) -> PagesV1 {
         PagesV1(live.start, live.extent.first, live.extent.pages)
     }
-    fn into_live(self) -> Result<Pages, Invalid> {
-        Ok(Pages { start: self.0, extent: PageExtent { first: self.1, pages: self.2 } })
+    fn into_live(self, bounds: &Bounds) -> Result<Pages, Invalid> {
+        Ok(Pages { start: self.0, extent: (self.1, self.2).into_live(bounds)? })
     }
 }
 
