@@ -97,9 +97,10 @@ fn collect(
 
     let targets = frozen.targets();
     let mut objects = memory::Objects::default();
-    let (tables, files) = descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
+    let descriptors::Collected { census, tables, files } =
+        descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
     let mut tables = tables.into_iter();
-    let locks = locks::collect(targets, &files, &mut refusals)?;
+    let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());
     for (target, task) in targets.iter_mut().zip(tasks) {
         interruption()?;
@@ -128,12 +129,14 @@ fn collect(
         memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
     }
     let memory_objects = objects.write(targets, store, &mut meter)?;
+    let deleted_files = objects.deleted.write(store)?;
     Ok(Image {
         host,
         processes,
         zombies,
         files,
         memory_objects,
+        deleted_files,
         locks,
         shell_job: options.shell_job,
         losses: Vec::new(),

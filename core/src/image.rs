@@ -1,7 +1,7 @@
 //! The model of a saved tree. `ckpt-formats` turns it into bytes; nothing here knows how.
 
 use crate::resource::{
-    attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+    attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals, timers,
 };
 use crate::target::{Context, Pid};
 
@@ -17,6 +17,8 @@ pub struct Image {
     pub files: Vec<descriptors::OpenFile>,
     /// Memory that several mappings or descriptors share; a [`memory::ObjectId`] is an index.
     pub memory_objects: Vec<memory::Object>,
+    /// Files that no name leads to any more, open or mapped; a [`files::DeletedId`] is an index.
+    pub deleted_files: Vec<files::DeletedFile>,
     pub locks: Vec<locks::Lock>,
     /// The tree belongs to a session whose leader is not in it, and goes on in the session of the restorer.
     pub shell_job: bool,
@@ -39,6 +41,10 @@ pub struct HostFacts {
     pub cpu_features: Vec<String>,
     /// CRC-32C of the vdso: code in it may be on a saved stack.
     pub vdso_checksum: u32,
+    /// `/proc/sys/kernel/random/boot_id` and `/etc/machine-id` (empty where there is none): whether inode numbers
+    /// mean the same at the restore.
+    pub boot_id: String,
+    pub machine_id: String,
     /// Seconds since 1970 at the dump.
     pub time: u64,
     /// `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` at the freeze, in nanoseconds.

@@ -9,7 +9,8 @@ use crate::image::Process;
 use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
-    Rebuild, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+    Rebuild, attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals,
+    timers,
 };
 use crate::store::ImageReader;
 use crate::target::Pid;
@@ -82,7 +83,8 @@ fn rebuild(
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
-    let objects = memory::map_all(targets, reader)?;
+    let deleted = files::rebuild_deleted(reader)?;
+    let objects = memory::map_all(targets, reader, deleted)?;
     interruption()?;
     descriptors::rebuild(targets, reader, &objects, options)?;
     drop(objects);

@@ -21,7 +21,7 @@
 //! | `Vec<u8>`, `[u8; N]`, `PathBuf`, `OsString` | [`Bytes`] |
 //! | `Option<T>`, `Vec<T>`, tuples and `[T; N]` up to 4 | the same, of the wire type of `T` |
 //! | `Pid`, `RemoteFd` | `i32` |
-//! | `FileId`, `ObjectId`, `BlobId` | `u32` |
+//! | `FileId`, `ObjectId`, `DeletedId`, `BlobId` | `u32` |
 //! | `RemotePtr` | `u64` |
 //! | `PageExtent` | `(u64, u64)` |
 //! | a struct or enum of a kind | its `...V1` |
@@ -35,6 +35,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use ckpt_core::resource::descriptors::FileId;
+use ckpt_core::resource::files::DeletedId;
 use ckpt_core::resource::memory::ObjectId;
 use ckpt_core::store::{BlobId, PageExtent};
 use ckpt_core::{Pid, RemoteFd, RemotePtr};
@@ -61,6 +62,7 @@ pub trait Wire<Live>: Sized {
 pub struct Bounds {
     pub files: u32,
     pub memory_objects: u32,
+    pub deleted_files: u32,
     pub blobs: u32,
     /// Pages in the page file.
     pub pages: u64,
@@ -186,6 +188,7 @@ numbers! {
     RemotePtr: u64;
     FileId: u32, in files;
     ObjectId: u32, in memory_objects;
+    DeletedId: u32, in deleted_files;
     BlobId: u32, in blobs;
 }
 

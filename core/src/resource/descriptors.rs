@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::OFlag;
@@ -22,7 +22,7 @@ use nix::sys::stat::FileStat;
 
 use crate::args;
 use crate::backend::{DumpOptions, RestoreOptions};
-use crate::batch::{Batch, CallId, Replies, Sysno};
+use crate::batch::{Arg, Batch, CallId, Replies, Sysno};
 use crate::error::{DumpError, Refusal, RestoreError};
 use crate::image::Image;
 use crate::resource::{Check, Resource, Scope, memory};
@@ -200,6 +200,18 @@ file_kinds! {
     File: super::files::Files,
 }
 
+impl FileKind {
+    /// The path that leads to it, for messages.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            FileKind::Device(device) => Some(&device.path),
+            FileKind::File(file) => file.path(),
+            #[allow(unreachable_patterns)]
+            _ => None,
+        }
+    }
+}
+
 /// What every kind may know of the whole tree while its files are collected.
 #[derive(Debug, Default)]
 pub struct Census {
@@ -207,6 +219,17 @@ pub struct Census {
     pub ids: HashMap<(usize, i32), FileId>,
     /// One descriptor for each file: the first it was seen by.
     pub seen: Vec<Seen>,
+    /// All descriptors that lead to each file: (process, descriptor), by [`FileId`].
+    pub holders: Vec<Vec<(usize, i32)>>,
+    /// The files with one inode, by (device, inode): the ends of a pipe, say.
+    pub inodes: HashMap<(u64, u64), Vec<FileId>>,
+}
+
+impl Census {
+    /// The files of the tree with the inode of this one, itself among them.
+    pub fn same_inode(&self, seen: &Seen) -> &[FileId] {
+        self.inodes.get(&(seen.stat.st_dev, seen.stat.st_ino)).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// One open file description of a frozen tree, to collect from.
@@ -262,6 +285,15 @@ impl CollectFile<'_> {
     }
 }
 
+/// The descriptors of a frozen tree, saved.
+pub struct Collected {
+    pub census: Census,
+    /// By process.
+    pub tables: Vec<Table>,
+    /// By [`FileId`], unless something was refused.
+    pub files: Vec<OpenFile>,
+}
+
 /// Collects the tables and files of the whole tree.
 pub fn collect(
     targets: &mut [Box<dyn Target>],
@@ -269,15 +301,24 @@ pub fn collect(
     store: &mut dyn ImageWriter,
     options: &DumpOptions,
     refusals: &mut Vec<Refusal>,
-) -> Result<(Vec<Table>, Vec<OpenFile>), DumpError> {
+) -> Result<Collected, DumpError> {
+    let io_error = |target: &dyn Target, source| DumpError::Io {
+        what: format!("descriptors of process {}", target.pid()),
+        source,
+    };
+    let mut links = Vec::with_capacity(targets.len());
+    for target in targets.iter() {
+        links.push(read_links(&**target).map_err(|source| io_error(&**target, source))?);
+    }
+    refuse_fuse_servers(targets, &links)?;
     let mut seen = Vec::new();
-    for (process, target) in targets.iter().enumerate() {
-        look(process, &**target, &mut seen)
-            .map_err(|source| DumpError::Io { what: format!("descriptors of process {}", target.pid()), source })?;
+    for (process, (target, links)) in targets.iter().zip(links).enumerate() {
+        look(process, &**target, links, &mut seen).map_err(|source| io_error(&**target, source))?;
     }
     let (census, tables) = identify(targets, seen)?;
+    let owners = collect_owners(targets, &census)?;
     let mut files = Vec::with_capacity(census.seen.len());
-    for (index, seen) in census.seen.iter().enumerate() {
+    for (index, (seen, owner)) in census.seen.iter().zip(owners).enumerate() {
         let mut context = CollectFile {
             targets: &mut *targets,
             id: FileId(index as u32),
@@ -289,38 +330,82 @@ pub fn collect(
             refusals: &mut *refusals,
             resource: NAME,
         };
-        match collect_kind(&mut context)? {
-            Some(kind) => {
-                let owner = collect_owner(&mut context)?;
-                // O_CLOEXEC is the descriptor's, and O_LARGEFILE is always on.
-                let flags = seen.info.flags & !libc::O_CLOEXEC;
-                files.push(OpenFile { flags, owner, kind });
-            }
-            None => context.refuse("this kind of file is not supported", "have the program close it before the dump"),
+        let Some(kind) = collect_kind(&mut context)? else {
+            context.refuse(unsupported(seen), "have the program close it before the dump");
+            continue;
+        };
+        context.resource = NAME;
+        refuse_foreign_owner(owner, &mut context);
+        // O_CLOEXEC is the descriptor's.
+        files.push(OpenFile { flags: seen.info.flags & !libc::O_CLOEXEC, owner, kind });
+    }
+    Ok(Collected { census, tables, files })
+}
+
+/// What a kind of file is that nobody claims.
+fn unsupported(seen: &Seen) -> String {
+    let link = seen.link.to_string_lossy();
+    let name = match link.strip_prefix("anon_inode:") {
+        Some("[io_uring]") => "io_uring instances",
+        Some("[perf_event]") => "perf events",
+        Some("[userfaultfd]") => "userfaultfd descriptors",
+        Some("[fanotify]") => "fanotify groups",
+        Some("[pidfd]") => "pidfds",
+        Some("bpf-prog" | "bpf-map" | "bpf_link" | "btf") => "bpf objects",
+        Some(_) => "descriptors of this kind",
+        None if link.starts_with("pidfd:") => "pidfds",
+        None if link.starts_with("/memfd:") => "memfd descriptors",
+        None if link.starts_with("socket:") => "sockets of this kind",
+        None => match seen.file_type() {
+            libc::S_IFCHR => "devices of this kind",
+            libc::S_IFBLK => "block devices",
+            libc::S_IFREG => "namespace files and others without a path",
+            _ => "files of this kind",
+        },
+    };
+    format!("{name} are not supported")
+}
+
+type Links = Vec<(RemoteFd, OsString)>;
+
+/// All descriptors of a process that are the program's, and where they lead.
+fn read_links(target: &dyn Target) -> io::Result<Links> {
+    let footprint = target.footprint();
+    let proc = target.proc();
+    let numbers = proc.numbers("fd")?.into_iter().map(RemoteFd);
+    numbers.filter(|fd| !footprint.fds.contains(fd)).map(|fd| Ok((fd, proc.link(format!("fd/{fd}"))?))).collect()
+}
+
+/// A process that serves a FUSE file system is frozen now: whoever looked at a file of it would wait for ever.
+fn refuse_fuse_servers(targets: &[Box<dyn Target>], links: &[Links]) -> Result<(), DumpError> {
+    let mut refusals = Vec::new();
+    for (target, links) in targets.iter().zip(links) {
+        for (fd, link) in links.iter().filter(|(_, link)| link == "/dev/fuse") {
+            refusals.push(Refusal {
+                resource: NAME,
+                pid: Some(target.pid()),
+                subject: format!("descriptor {fd} ({})", Path::new(link).display()),
+                why: "it serves a FUSE file system, and the kernel's side of that cannot be saved".into(),
+                help: "unmount the file system before the dump".into(),
+            });
         }
     }
-    Ok((tables, files))
+    if refusals.is_empty() { Ok(()) } else { Err(DumpError::Unsupported(refusals)) }
 }
 
 /// Reads what /proc says about every descriptor of a process.
-fn look(process: usize, target: &dyn Target, seen: &mut Vec<Seen>) -> io::Result<()> {
-    let footprint = target.footprint();
+fn look(process: usize, target: &dyn Target, links: Links, seen: &mut Vec<Seen>) -> io::Result<()> {
     let proc = target.proc();
-    for number in proc.numbers("fd")? {
-        let fd = RemoteFd(number);
-        if footprint.fds.contains(&fd) {
-            continue;
-        }
-        let path = format!("fd/{number}");
-        let info = proc.text(format!("fdinfo/{number}"))?;
+    for (fd, link) in links {
+        let info = proc.text(format!("fdinfo/{fd}"))?;
         seen.push(Seen {
             process,
             pid: target.pid(),
             fd,
-            link: proc.link(&path)?,
-            stat: proc.stat(&path)?,
+            link,
+            stat: proc.stat(format!("fd/{fd}"))?,
             info: FdInfo::parse(&info)
-                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("fdinfo/{number}: {info:?}")))?,
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("fdinfo/{fd}: {info:?}")))?,
         });
     }
     Ok(())
@@ -328,14 +413,12 @@ fn look(process: usize, target: &dyn Target, seen: &mut Vec<Seen>) -> io::Result
 
 /// Finds out which descriptors lead to one open file description.
 fn identify(targets: &[Box<dyn Target>], all: Vec<Seen>) -> Result<(Census, Vec<Table>), DumpError> {
-    // Only what looks the same can be the same.
-    let mut groups: HashMap<(u64, u64, i64, i32), Vec<FileId>> = HashMap::new();
     let mut census = Census::default();
     let mut tables = vec![Table::default(); targets.len()];
     for seen in all {
-        let flags = seen.info.flags & !libc::O_CLOEXEC;
-        let group = groups.entry((seen.stat.st_dev, seen.stat.st_ino, seen.info.position, flags)).or_default();
+        // Only what has one inode can be the same; offset and flags may be changed by others while we look.
         // Kept sorted by kcmp's order, so that each descriptor needs few comparisons.
+        let group = census.inodes.entry((seen.stat.st_dev, seen.stat.st_ino)).or_default();
         let mut failed = None;
         let place = group.binary_search_by(|&FileId(known)| {
             let known = &census.seen[known as usize];
@@ -348,37 +431,78 @@ fn identify(targets: &[Box<dyn Target>], all: Vec<Seen>) -> Result<(Census, Vec<
         if let Some(error) = failed {
             return Err(error);
         }
+        let (process, fd) = (seen.process, seen.fd.0);
+        let close_on_exec = seen.info.flags & libc::O_CLOEXEC != 0;
         let file = match place {
             Ok(known) => group[known],
             Err(place) => {
                 let new = FileId(census.seen.len() as u32);
                 group.insert(place, new);
-                census.seen.push(seen.clone());
+                census.seen.push(seen);
+                census.holders.push(Vec::new());
                 new
             }
         };
-        census.ids.insert((seen.process, seen.fd.0), file);
-        let close_on_exec = seen.info.flags & libc::O_CLOEXEC != 0;
-        tables[seen.process].descriptors.push(Descriptor { fd: seen.fd.0, file, close_on_exec });
+        census.ids.insert((process, fd), file);
+        census.holders[file.0 as usize].push((process, fd));
+        tables[process].descriptors.push(Descriptor { fd, file, close_on_exec });
     }
     Ok((census, tables))
 }
 
-/// `F_GETOWN_EX` and `F_GETSIG`.
-fn collect_owner(context: &mut CollectFile<'_>) -> Result<Option<Owner>, DumpError> {
-    if context.seen.info.flags & libc::O_PATH != 0 {
-        return Ok(None);
+/// `F_GETOWN_EX` and `F_GETSIG` of every file, by [`FileId`].
+fn collect_owners(targets: &mut [Box<dyn Target>], census: &Census) -> Result<Vec<Option<Owner>>, DumpError> {
+    let mut owners = vec![None; census.seen.len()];
+    // First seen in process order, so that those of one process stand together.
+    let asked: Vec<usize> =
+        (0..census.seen.len()).filter(|&file| census.seen[file].info.flags & libc::O_PATH == 0).collect();
+    for files in asked.chunk_by(|&one, &next| census.seen[one].process == census.seen[next].process) {
+        for files in files.chunks(crate::batch::MAX_CALLS / 2) {
+            let first = &census.seen[files[0]];
+            let mut batch = Batch::new();
+            let calls: Vec<_> = files
+                .iter()
+                .map(|&file| {
+                    let fd = census.seen[file].fd;
+                    let owner = batch.room(8);
+                    batch.call(Sysno::fcntl, args![fd, F_GETOWN_EX, owner]);
+                    (file, owner, batch.call(Sysno::fcntl, args![fd, F_GETSIG]))
+                })
+                .collect();
+            let error = |source| DumpError::Target { resource: NAME, pid: first.pid, source };
+            let replies = targets[first.process].run(&batch).map_err(error)?;
+            for (file, owner, signal) in calls {
+                let (kind, id) = (replies.u32(owner) as i32, replies.u32(owner.after(4)) as i32);
+                let signal = replies.value(signal) as i32;
+                owners[file] = (id != 0 || signal != 0).then_some(Owner { kind, id, signal });
+            }
+        }
     }
-    let mut batch = Batch::new();
-    let owner = batch.room(8);
-    batch.call(Sysno::fcntl, args![context.seen.fd, F_GETOWN_EX, owner]);
-    let signal = batch.call(Sysno::fcntl, args![context.seen.fd, F_GETSIG]);
-    let replies = context.run(&batch)?;
-    let (kind, id) = (replies.u32(owner) as i32, replies.u32(owner.after(4)) as i32);
-    let signal = replies.value(signal) as i32;
-    Ok((id != 0 || signal != 0).then_some(Owner { kind, id, signal }))
+    Ok(owners)
 }
 
+/// A signal for a process outside of the tree would reach nobody, or a stranger, after the restore.
+fn refuse_foreign_owner(owner: Option<Owner>, context: &mut CollectFile<'_>) {
+    let Some(owner) = owner.filter(|owner| owner.id != 0) else {
+        return;
+    };
+    let id = Pid(owner.id);
+    let inside = match owner.kind {
+        F_OWNER_PGRP => {
+            context.targets.iter().any(|target| target.proc().stat_line().is_ok_and(|stat| stat.pgrp == id))
+        }
+        _ => context.targets.iter().any(|target| target.threads().contains(&id)),
+    };
+    if !inside {
+        let what = if owner.kind == F_OWNER_PGRP { "process group" } else { "process" };
+        context.refuse(
+            format!("its signals (F_SETOWN) go to {what} {id}, which is not part of the tree"),
+            "dump the tree that holds both",
+        );
+    }
+}
+
+const F_OWNER_PGRP: i32 = 2;
 const F_SETSIG: i32 = 10;
 const F_GETSIG: i32 = 11;
 const F_SETOWN_EX: i32 = 15;
@@ -386,28 +510,72 @@ const F_GETOWN_EX: i32 = 16;
 
 /// Checks every file of an image.
 pub fn check(image: &Image, context: &mut Check<'_>) {
-    for (index, file) in image.files.iter().enumerate() {
-        context.pid = holder(image, FileId(index as u32)).map(|process| image.processes[process].task.pid);
+    let mut holders: Vec<Option<(Pid, i32)>> = vec![None; image.files.len()];
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
+    for process in &image.processes {
+        context.pid = Some(process.task.pid);
+        context.resource = NAME;
+        let mut before = -1;
+        for held in &process.descriptors.descriptors {
+            let subject = format!("descriptor {}", held.fd);
+            match holders.get_mut(held.file.0 as usize) {
+                Some(holder) if held.fd > before => _ = holder.get_or_insert((process.task.pid, held.fd)),
+                Some(_) => context.refuse(subject, "the table is not sorted", INCONSISTENT),
+                None => context.refuse(subject, "it leads to no file of the image", INCONSISTENT),
+            }
+            before = held.fd;
+        }
+        if before as i64 + SPARE_NUMBERS as i64 > limit as i64 {
+            context.refuse(
+                format!("descriptor {before}"),
+                format!("only descriptors up to {limit} are allowed here"),
+                format!("raise the limit: ulimit -Hn {}", before as i64 + SPARE_NUMBERS as i64 + 1),
+            );
+        }
+    }
+    for (file, holder) in image.files.iter().zip(holders) {
+        context.pid = holder.map(|(pid, _)| pid);
         check_kind(&file.kind, context);
     }
     context.pid = None;
 }
+
+const INCONSISTENT: &str = "the image is inconsistent; use another copy of it";
+
+/// Numbers above the program's that a skeleton may need at one time.
+const SPARE_NUMBERS: u64 = 512;
 
 /// The first process that has a file.
 pub fn holder(image: &Image, file: FileId) -> Option<usize> {
     image.processes.iter().position(|process| process.descriptors.descriptors.iter().any(|held| held.file == file))
 }
 
-/// Where the files of a skeleton are so far.
-#[derive(Debug, Default)]
+/// Where the files of a skeleton are so far, and what its processes have yet to be asked to do.
+#[derive(Default)]
 pub struct Placed {
-    /// For each file, the processes that have it, with a number it has there.
-    places: HashMap<FileId, Vec<(usize, RemoteFd)>>,
-    /// For each file, the first process that has it in its table.
-    holders: HashMap<FileId, usize>,
+    /// By file: the processes that have it, with a number it has there.
+    places: Vec<Vec<(usize, RemoteFd)>>,
+    /// By file: its numbers in the tables of the image, sorted by process.
+    numbers: Vec<Vec<(usize, Descriptor)>>,
+    /// By process: calls that wait, so that one round trip makes many files.
+    pending: Vec<Pending>,
+}
+
+/// Looks at the results of calls that were put off: what is wrong with them.
+type Verify = Box<dyn FnOnce(&Replies) -> Result<(), String>>;
+
+#[derive(Default)]
+struct Pending {
+    batch: Batch,
+    /// (first call, file, how to judge the results), in order.
+    parts: Vec<(usize, FileId, Option<Verify>)>,
 }
 
 /// One open file description of a skeleton, to rebuild.
+///
+/// Files are made in spare numbers, above all of the program's, and take their own by [`stage`](RebuildFile::stage) or
+/// [`create`](RebuildFile::create). Both only put their calls in line: [`run`](RebuildFile::run) has the calls that
+/// wait for the same process done first.
 pub struct RebuildFile<'a> {
     pub targets: &'a mut [Box<dyn Target>],
     pub image: &'a Image,
@@ -428,7 +596,7 @@ impl RebuildFile<'_> {
 
     /// The process to create another file in.
     pub fn process_of(&self, file: FileId) -> usize {
-        self.placed.holders.get(&file).copied().unwrap_or(0)
+        self.placed.numbers[file.0 as usize].first().map_or(0, |&(process, _)| process)
     }
 
     /// This file, with its flags and owner.
@@ -436,53 +604,94 @@ impl RebuildFile<'_> {
         &self.image.files[self.id.0 as usize]
     }
 
+    /// Runs a batch in a process, after what waits for it.
     pub fn run(&mut self, process: usize, batch: &Batch) -> Result<Replies, RestoreError> {
+        self.flush(process)?;
         let resource = self.resource;
         let pid = self.targets[process].pid();
         self.targets[process].run(batch).map_err(|source| RestoreError::Target { resource, pid, source })
     }
 
+    /// Makes this file with calls that can wait: no round trip of its own.
+    ///
+    /// `calls` adds at most `calls_needed` calls with `bytes_needed` bytes to a batch, and gives the one whose result
+    /// is the new descriptor, and how to judge the results. The descriptor then takes its numbers.
+    pub fn create<V>(
+        &mut self,
+        process: usize,
+        calls_needed: usize,
+        bytes_needed: usize,
+        calls: impl FnOnce(&mut Batch) -> (CallId, V),
+    ) -> Result<(), RestoreError>
+    where
+        V: FnOnce(&Replies) -> Result<(), String> + 'static,
+    {
+        let file = self.id;
+        let numbers = self.numbers_in(file, process);
+        // Few enough for one batch, and a number is known to find it by: all others take two steps.
+        let at_once = !numbers.is_empty() && numbers.len() < 256;
+        self.make_room(process, calls_needed + if at_once { numbers.len() + 8 } else { 2 }, bytes_needed + 64)?;
+        let spare = self.targets[process].footprint().spare_fds;
+        let pending = &mut self.placed.pending[process];
+        let first = pending.batch.len();
+        let (fd, verify) = calls(&mut pending.batch);
+        let lifted = lift_to(spare, &mut pending.batch, fd);
+        pending.parts.push((first, file, Some(Box::new(verify))));
+        if at_once {
+            let open = &self.image.files[file.0 as usize];
+            add_settings(open, &mut pending.batch, lifted.into());
+            for held in &numbers {
+                pending.batch.call(Sysno::dup3, args![lifted, held.fd, cloexec(held)]);
+            }
+            pending.batch.call(Sysno::close, args![lifted]);
+            self.placed.places[file.0 as usize].push((process, RemoteFd(numbers[0].fd)));
+            return Ok(());
+        }
+        let replies = self.flush(process)?.expect("calls were added");
+        self.stage(file, process, replies.fd(lifted))
+    }
+
+    /// Closes a spare descriptor of a process, some time.
+    pub fn close(&mut self, process: usize, fd: RemoteFd) -> Result<(), RestoreError> {
+        self.make_room(process, 1, 0)?;
+        let pending = &mut self.placed.pending[process];
+        pending.parts.push((pending.batch.len(), self.id, None));
+        pending.batch.call(Sysno::close, args![fd]);
+        Ok(())
+    }
+
     /// Adds the calls that move a new descriptor out of the way of the program's numbers. Descriptors handed to
     /// [`stage`](RebuildFile::stage) come from here.
     pub fn lift(&self, process: usize, batch: &mut Batch, fd: CallId) -> CallId {
-        let spare = self.targets[process].footprint().spare_fds;
-        let lifted = batch.call(Sysno::fcntl, args![fd, libc::F_DUPFD_CLOEXEC, spare]);
-        batch.call(Sysno::close, args![fd]);
-        lifted
+        lift_to(self.targets[process].footprint().spare_fds, batch, fd)
     }
 
-    /// Says that a file now exists, as a lifted descriptor of `process`: it takes its numbers there at once.
+    /// Says that a file now exists, as a lifted descriptor of `process`: it takes its flags, its owner, and its numbers
+    /// there.
     pub fn stage(&mut self, file: FileId, process: usize, fd: RemoteFd) -> Result<(), RestoreError> {
-        let open = &self.image.files[file.0 as usize];
-        let mut batch = Batch::new();
-        if open.flags & libc::O_PATH == 0 {
-            if let Some(owner) = open.owner {
-                let value = batch.bytes(&[owner.kind.to_ne_bytes(), owner.id.to_ne_bytes()].concat());
-                batch.call(Sysno::fcntl, args![fd, F_SETSIG, owner.signal]);
-                batch.call(Sysno::fcntl, args![fd, F_SETOWN_EX, value]);
+        let numbers = self.numbers_in(file, process);
+        self.make_room(process, 8, 64)?;
+        let pending = &mut self.placed.pending[process];
+        pending.parts.push((pending.batch.len(), file, None));
+        add_settings(&self.image.files[file.0 as usize], &mut pending.batch, fd.into());
+        for held in &numbers {
+            self.make_room(process, 2, 0)?;
+            let pending = &mut self.placed.pending[process];
+            if pending.batch.is_empty() {
+                pending.parts.push((0, file, None));
             }
-            batch.call(Sysno::fcntl, args![fd, libc::F_SETFL, open.flags]);
+            pending.batch.call(Sysno::dup3, args![fd, held.fd, cloexec(held)]);
         }
-        let mut place = None;
-        for held in &self.image.processes[process].descriptors.descriptors {
-            if held.file == file {
-                batch.call(Sysno::dup3, args![fd, held.fd, if held.close_on_exec { libc::O_CLOEXEC } else { 0 }]);
-                place.get_or_insert(RemoteFd(held.fd));
-                if !batch.has_room(8, 64) {
-                    self.run(process, &std::mem::take(&mut batch))?;
-                }
-            }
-        }
+        let place = numbers.first().map(|held| RemoteFd(held.fd));
         if place.is_some() {
-            batch.call(Sysno::close, args![fd]);
+            self.placed.pending[process].batch.call(Sysno::close, args![fd]);
         }
-        self.run(process, &batch)?;
-        self.placed.places.entry(file).or_default().push((process, place.unwrap_or(fd)));
+        self.placed.places[file.0 as usize].push((process, place.unwrap_or(fd)));
         Ok(())
     }
 
     pub fn is_staged(&self, file: FileId) -> bool {
-        self.placed.places.contains_key(&file)
+        !self.placed.places[file.0 as usize].is_empty()
     }
 
     /// Rebuilds another file of the tree first, if it is not there yet.
@@ -506,18 +715,31 @@ impl RebuildFile<'_> {
 
     /// A descriptor for a staged file in any process; one that the program has, or a spare one.
     pub fn bring(&mut self, file: FileId, process: usize) -> Result<RemoteFd, RestoreError> {
-        let places = &self.placed.places[&file];
+        let places = &self.placed.places[file.0 as usize];
         if let Some(&(_, fd)) = places.iter().find(|(at, _)| *at == process) {
             return Ok(fd);
         }
         let (from, fd) = places[0];
-        let resource = self.resource;
-        let pid = self.targets[from].pid();
-        let error = |source| RestoreError::Target { resource, pid, source };
-        let ours = self.targets[from].fds_out(&[fd]).map_err(error)?;
-        let brought = self.targets[process].fds_in(&[ours[0].as_fd()]).map_err(error)?[0];
-        self.placed.places.get_mut(&file).unwrap().push((process, brought));
+        let ours = self.fds_out(from, &[fd])?;
+        let brought = self.fds_in(process, &[ours[0].as_fd()])?[0];
+        self.placed.places[file.0 as usize].push((process, brought));
         Ok(brought)
+    }
+
+    /// Copies descriptors of a process to us, after what waits for it.
+    pub fn fds_out(&mut self, process: usize, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, RestoreError> {
+        self.flush(process)?;
+        let target = &mut self.targets[process];
+        let (resource, pid) = (self.resource, target.pid());
+        target.fds_out(fds).map_err(|source| RestoreError::Target { resource, pid, source })
+    }
+
+    /// Copies descriptors of ours to spare ones of a process, after what waits for it.
+    pub fn fds_in(&mut self, process: usize, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, RestoreError> {
+        self.flush(process)?;
+        let target = &mut self.targets[process];
+        let (resource, pid) = (self.resource, target.pid());
+        target.fds_in(fds).map_err(|source| RestoreError::Target { resource, pid, source })
     }
 
     pub fn target_error(&self, source: TargetError) -> RestoreError {
@@ -528,6 +750,89 @@ impl RebuildFile<'_> {
         let pid = self.targets[self.process()].pid();
         RestoreError::Mismatch { resource: self.resource, pid, what: what.into() }
     }
+
+    /// The numbers that a process has for a file.
+    fn numbers_in(&self, file: FileId, process: usize) -> Vec<Descriptor> {
+        let numbers = &self.placed.numbers[file.0 as usize];
+        let first = numbers.partition_point(|&(holder, _)| holder < process);
+        numbers[first..].iter().take_while(|&&(holder, _)| holder == process).map(|&(_, held)| held).collect()
+    }
+
+    /// Has the calls that wait done if so many more do not fit.
+    fn make_room(&mut self, process: usize, calls: usize, bytes: usize) -> Result<(), RestoreError> {
+        if !self.placed.pending[process].batch.has_room(calls, bytes) {
+            self.flush(process)?;
+        }
+        Ok(())
+    }
+
+    /// Has the calls that wait for a process done.
+    fn flush(&mut self, process: usize) -> Result<Option<Replies>, RestoreError> {
+        let Pending { batch, parts } = std::mem::take(&mut self.placed.pending[process]);
+        if batch.is_empty() {
+            return Ok(None);
+        }
+        let target = &mut self.targets[process];
+        let pid = target.pid();
+        let image = self.image;
+        let name = |file: FileId| image.files.get(file.0 as usize).map_or(NAME, |file| file.kind.name());
+        let replies = target.run(&batch).map_err(|source| {
+            let file = match &source {
+                TargetError::Call { index, .. } => parts.iter().rev().find(|(first, ..)| first <= index),
+                _ => None,
+            };
+            match (file, source) {
+                (Some(&(_, file, _)), TargetError::Call { call, errno, .. }) => RestoreError::Io {
+                    what: format!("{} of process {pid}, {}: {call} failed", name(file), describe(image, process, file)),
+                    source: errno.into(),
+                },
+                (_, source) => RestoreError::Target { resource: NAME, pid, source },
+            }
+        })?;
+        for (_, file, verify) in parts {
+            if let Some(Err(what)) = verify.map(|verify| verify(&replies)) {
+                let what = format!("{}: {what}", describe(image, process, file));
+                return Err(RestoreError::Mismatch { resource: name(file), pid, what });
+            }
+        }
+        Ok(Some(replies))
+    }
+}
+
+/// A file as a message names it: `descriptor 5 (/tmp/x)`.
+fn describe(image: &Image, process: usize, file: FileId) -> String {
+    let table = &image.processes[process].descriptors.descriptors;
+    let number = table.iter().find(|held| held.file == file).map(|held| format!("descriptor {}", held.fd));
+    let number = number.unwrap_or_else(|| format!("file {}", file.0));
+    match image.files.get(file.0 as usize).and_then(|file| file.kind.path()) {
+        Some(path) => format!("{number} ({})", path.display()),
+        None => number,
+    }
+}
+
+fn cloexec(held: &Descriptor) -> i32 {
+    if held.close_on_exec { libc::O_CLOEXEC } else { 0 }
+}
+
+fn lift_to(spare: i32, batch: &mut Batch, fd: CallId) -> CallId {
+    let lifted = batch.call(Sysno::fcntl, args![fd, libc::F_DUPFD_CLOEXEC, spare]);
+    batch.call(Sysno::close, args![fd]);
+    lifted
+}
+
+/// Adds what every kind of file has: owner, signal, status flags. At most 3 calls with 64 bytes.
+fn add_settings(open: &OpenFile, batch: &mut Batch, fd: Arg) {
+    if open.flags & libc::O_PATH != 0 {
+        return;
+    }
+    if let Some(owner) = open.owner {
+        let value = batch.bytes(&[owner.kind.to_ne_bytes(), owner.id.to_ne_bytes()].concat());
+        batch.call(Sysno::fcntl, &[fd, F_SETSIG.into(), owner.signal.into()]);
+        if owner.id != 0 {
+            batch.call(Sysno::fcntl, &[fd, F_SETOWN_EX.into(), value.into()]);
+        }
+    }
+    batch.call(Sysno::fcntl, &[fd, libc::F_SETFL.into(), open.flags.into()]);
 }
 
 /// Rebuilds every file and fills every table.
@@ -538,67 +843,137 @@ pub fn rebuild(
     options: &RestoreOptions,
 ) -> Result<(), RestoreError> {
     let image = reader.image();
-    let mut placed = Placed::default();
+    let mut placed = Placed {
+        places: vec![Vec::new(); image.files.len()],
+        numbers: vec![Vec::new(); image.files.len()],
+        pending: Vec::new(),
+    };
+    placed.pending.resize_with(targets.len(), Pending::default);
     for (index, process) in image.processes.iter().enumerate() {
         for held in &process.descriptors.descriptors {
-            placed.holders.entry(held.file).or_insert(index);
+            placed.numbers[held.file.0 as usize].push((index, *held));
         }
     }
     let mut context =
         RebuildFile { targets, image, reader, options, id: FileId(0), objects, placed: &mut placed, resource: NAME };
+    for process in 0..image.processes.len() {
+        make_way(&mut context, process)?;
+    }
     for index in 0..image.files.len() {
         context.require(FileId(index as u32))?;
     }
-    // What other processes share with the one it was made in.
-    for (process, saved) in image.processes.iter().enumerate() {
-        share(&mut context, process, &saved.descriptors)?;
-    }
+    share(&mut context)?;
     for (index, file) in image.files.iter().enumerate() {
         context.id = FileId(index as u32);
         finish_kind(&file.kind, &mut context)?;
     }
+    context.resource = NAME;
     for process in 0..image.processes.len() {
         let spare = context.targets[process].footprint().spare_fds;
-        let mut batch = Batch::new();
-        batch.call(Sysno::close_range, args![spare, u32::MAX, 0]);
-        context.resource = NAME;
+        let batch = close_all(&context, process, spare, i32::MAX);
         context.run(process, &batch)?;
     }
     Ok(())
 }
 
-/// Fills the table of one process with files made in others.
-fn share(context: &mut RebuildFile<'_>, process: usize, table: &Table) -> Result<(), RestoreError> {
-    let mut wanted: Vec<FileId> = table
-        .descriptors
-        .iter()
-        .map(|held| held.file)
-        .filter(|file| {
-            !context.placed.places[file].iter().any(|(at, fd)| *at == process && !is_spare(context, process, *fd))
-        })
-        .collect();
-    wanted.sort_unstable();
-    wanted.dedup();
-    let mut batch = Batch::new();
-    for file in wanted {
-        let fd = context.bring(file, process)?;
-        let mut first = None;
-        for held in table.descriptors.iter().filter(|held| held.file == file) {
-            if !batch.has_room(2, 0) {
-                context.run(process, &std::mem::take(&mut batch))?;
-            }
-            batch.call(Sysno::dup3, args![fd, held.fd, if held.close_on_exec { libc::O_CLOEXEC } else { 0 }]);
-            first.get_or_insert(RemoteFd(held.fd));
-        }
-        batch.call(Sysno::close, args![fd]);
-        let places = context.placed.places.get_mut(&file).unwrap();
-        places.retain(|(at, _)| *at != process);
-        places.extend(first.map(|fd| (process, fd)));
+/// Empties the table of a skeleton, and allows it all the numbers that are needed. The limits of the image come later.
+fn make_way(context: &mut RebuildFile<'_>, process: usize) -> Result<(), RestoreError> {
+    let footprint = context.targets[process].footprint();
+    let table = &context.image.processes[process].descriptors.descriptors;
+    if let Some(held) = table.iter().find(|held| footprint.fds.contains(&RemoteFd(held.fd))) {
+        let pid = context.targets[process].pid();
+        let what = format!("descriptor {} of the program is in use by ckpt itself", held.fd);
+        return Err(RestoreError::Mismatch { resource: NAME, pid, what });
     }
-    context.run(process, &batch)?;
+    let mut batch = close_all(context, process, 0, i32::MAX);
+    let needed = footprint.spare_fds as u64 + SPARE_NUMBERS;
+    let (soft, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        .map_err(|errno| RestoreError::Io { what: "the limit of descriptors".into(), source: errno.into() })?;
+    if soft < needed {
+        let limit = batch.words(&[hard, hard]);
+        batch.call(Sysno::prlimit64, args![0, libc::RLIMIT_NOFILE, limit, 0]);
+    }
+    context.run(process, &batch).map(drop)
+}
+
+/// Calls that close all descriptors of a skeleton in a range, but those that ckpt needs there.
+fn close_all(context: &RebuildFile<'_>, process: usize, first: i32, last: i32) -> Batch {
+    let mut ours: Vec<i32> = context.targets[process].footprint().fds.iter().map(|fd| fd.0).collect();
+    ours.sort_unstable();
+    let mut batch = Batch::new();
+    let mut next = first;
+    for fd in ours.into_iter().filter(|fd| (first..=last).contains(fd)) {
+        if next < fd {
+            batch.call(Sysno::close_range, args![next, fd - 1, 0]);
+        }
+        next = fd + 1;
+    }
+    batch.call(Sysno::close_range, args![next, last, 0]);
+    batch
+}
+
+/// Most descriptors handed over at once: a message of a Unix socket may carry 253 (`SCM_MAX_FD`).
+const HAND_OVER: usize = 200;
+
+/// Fills the tables with files that were made in another process: what `fork` and passing descriptors shared.
+fn share(context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+    let files = 0..context.image.files.len();
+    let shared: Vec<usize> = files.filter(|&file| !missing_in(context, file).is_empty()).collect();
+    for files in shared.chunks(HAND_OVER) {
+        let mut ours: HashMap<usize, OwnedFd> = HashMap::new();
+        let mut homes: HashMap<usize, Vec<(usize, RemoteFd)>> = HashMap::new();
+        let mut wanted: Vec<Vec<usize>> = vec![Vec::new(); context.targets.len()];
+        for &file in files {
+            let (home, fd) = context.placed.places[file][0];
+            homes.entry(home).or_default().push((file, fd));
+            for process in missing_in(context, file) {
+                wanted[process].push(file);
+            }
+        }
+        for (home, list) in homes {
+            let numbers: Vec<RemoteFd> = list.iter().map(|&(_, fd)| fd).collect();
+            let out = context.fds_out(home, &numbers)?;
+            ours.extend(list.into_iter().map(|(file, _)| file).zip(out));
+        }
+        for (process, files) in wanted.into_iter().enumerate().filter(|(_, files)| !files.is_empty()) {
+            let handed: Vec<BorrowedFd<'_>> = files.iter().map(|file| ours[file].as_fd()).collect();
+            let brought = context.fds_in(process, &handed)?;
+            for (file, fd) in files.into_iter().zip(brought) {
+                place_shared(context, file, process, fd)?;
+            }
+        }
+    }
+    for process in 0..context.targets.len() {
+        context.flush(process)?;
+    }
     Ok(())
 }
 
-fn is_spare(context: &RebuildFile<'_>, process: usize, fd: RemoteFd) -> bool {
-    fd.0 >= context.targets[process].footprint().spare_fds
+/// The processes whose table should have a file and has not.
+fn missing_in(context: &RebuildFile<'_>, file: usize) -> Vec<usize> {
+    let mut processes: Vec<usize> = context.placed.numbers[file].iter().map(|&(process, _)| process).collect();
+    processes.dedup();
+    processes.retain(|&process| {
+        let spare = context.targets[process].footprint().spare_fds;
+        !context.placed.places[file].iter().any(|&(at, fd)| at == process && fd.0 < spare)
+    });
+    processes
+}
+
+/// Gives a descriptor that was handed over its numbers.
+fn place_shared(context: &mut RebuildFile<'_>, file: usize, process: usize, fd: RemoteFd) -> Result<(), RestoreError> {
+    let id = FileId(file as u32);
+    let numbers = context.numbers_in(id, process);
+    for held in &numbers {
+        context.make_room(process, 2, 0)?;
+        let pending = &mut context.placed.pending[process];
+        pending.parts.push((pending.batch.len(), id, None));
+        pending.batch.call(Sysno::dup3, args![fd, held.fd, cloexec(held)]);
+    }
+    context.placed.pending[process].batch.call(Sysno::close, args![fd]);
+    let places = &mut context.placed.places[file];
+    // A spare one that was brought before is closed with all the others.
+    places.retain(|(at, _)| *at != process);
+    places.push((process, RemoteFd(numbers[0].fd)));
+    Ok(())
 }

@@ -1,8 +1,70 @@
-//! Regular files and directories, deleted files with their content, O_PATH descriptors.
+//! Regular files and directories, deleted files with their content, `O_PATH` descriptors.
+//!
+//! A file is saved by the path that leads to it, with its [`Identity`]; its content stays where it is. A file that no
+//! name leads to any more is different: its content goes into the image, once for each inode, however many descriptors
+//! and mappings have it ([`DeletedFiles`]).
 
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File as StdFile;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{FileStat, Mode};
+use nix::sys::statfs::{FsType, statfs};
+use nix::sys::time::TimeSpec;
+
+use crate::args;
+use crate::batch::{Replies, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
+use crate::image::{HostFacts, Image};
+use crate::procfs::ProcDir;
 use crate::resource::descriptors::{CollectFile, FileResource, OfFile, RebuildFile, Seen};
 use crate::resource::{Check, Resource};
+use crate::store::{BlobId, ImageReader, ImageWriter};
+
+/// The section name.
+pub const NAME: &str = "files";
+
+/// An open file or directory, or an `O_PATH` descriptor of anything that has a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct File {
+    pub place: Place,
+    /// Where the next `read` or `write` is, in bytes; for a directory, what `lseek` gave.
+    pub position: i64,
+}
+
+impl File {
+    /// The path that leads to it, for messages.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Path { path, .. } | Place::Proc { path } => Some(path),
+            Place::Deleted { .. } => None,
+        }
+    }
+}
+
+/// Where a file is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// By name.
+    Path {
+        path: PathBuf,
+        /// `S_IFREG`, `S_IFDIR`, ...
+        file_type: u32,
+        identity: Identity,
+    },
+    /// In `/proc/PID` of a process of the tree, or in the part of `/proc` that is about no process: there is nothing
+    /// to identify it by, and opening it again gives the same.
+    Proc { path: PathBuf },
+    /// Nowhere.
+    Deleted { id: DeletedId },
+}
 
 /// Which file a path led to, so that a restore can tell whether it still does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,46 +77,544 @@ pub struct Identity {
     pub modified: i64,
 }
 
+/// What of a file must be as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The content: pages that are not in the image are read from it.
+    SameContent,
+    /// The file itself, no shorter. To a program with an open file, a restore is like a long sleep: others may have
+    /// written meanwhile, log files have grown. But what it had read or written must not have vanished.
+    SameFile,
+    /// That the path leads to something of this type: directories, and what is only pointed at (`O_PATH`).
+    Present,
+}
+
 impl Identity {
-    pub fn of(stat: &nix::sys::stat::FileStat) -> Identity {
+    pub fn of(stat: &FileStat) -> Identity {
         Identity {
             device: stat.st_dev,
             inode: stat.st_ino,
             size: stat.st_size as u64,
-            modified: stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec,
+            modified: nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
         }
+    }
+
+    /// Whether `path` still leads to this file: `None`, or what is the matter with it, to be read after the path.
+    ///
+    /// Inode numbers are compared where they mean the same as at the dump: since the same boot, or on a real device of
+    /// the same machine. Elsewhere (another machine, a memory file system after a reboot) there are only size and time
+    /// of change to go by, so that a copy must have kept its time or be newer.
+    pub fn difference(&self, path: &Path, file_type: u32, expect: Expect, host: &HostFacts) -> Option<String> {
+        let now = match nix::sys::stat::lstat(path) {
+            Ok(link) if link.st_mode & libc::S_IFMT == libc::S_IFLNK && file_type != libc::S_IFLNK => {
+                nix::sys::stat::stat(path)
+            }
+            other => other,
+        };
+        match now {
+            Ok(now) => {
+                let found = now.st_mode & libc::S_IFMT;
+                self.difference_to(&Identity::of(&now), found, file_type, expect, inodes_comparable(host, self.device))
+            }
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Some("it is gone".into()),
+            Err(errno) => Some(format!("it cannot be looked at: {errno}")),
+        }
+    }
+
+    fn difference_to(
+        &self,
+        now: &Identity,
+        found: u32,
+        file_type: u32,
+        expect: Expect,
+        comparable: bool,
+    ) -> Option<String> {
+        if found != file_type {
+            return Some(format!("it was {}, and now there is {}", type_name(file_type), type_name(found)));
+        }
+        if expect == Expect::Present {
+            return None;
+        }
+        if comparable && (self.device, self.inode) != (now.device, now.inode) {
+            return Some("it was replaced by another file since the dump".into());
+        }
+        if now.size < self.size {
+            return Some(format!("it is shorter than at the dump: {} bytes then, {} now", self.size, now.size));
+        }
+        if expect == Expect::SameContent && now.size != self.size {
+            return Some(format!("it is longer than at the dump: {} bytes then, {} now", self.size, now.size));
+        }
+        if expect == Expect::SameContent && now.modified != self.modified {
+            return Some("it was written to since the dump".into());
+        }
+        if !comparable && now.modified < self.modified {
+            return Some("it is older than the one at the dump".into());
+        }
+        None
     }
 }
 
-/// Its saved form.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct File {}
+fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
+}
+
+fn type_name(file_type: u32) -> &'static str {
+    match file_type {
+        libc::S_IFREG => "a regular file",
+        libc::S_IFDIR => "a directory",
+        libc::S_IFLNK => "a symbolic link",
+        libc::S_IFIFO => "a FIFO",
+        libc::S_IFSOCK => "a socket",
+        libc::S_IFCHR => "a character device",
+        libc::S_IFBLK => "a block device",
+        _ => "something without a file type",
+    }
+}
+
+/// The two ids that [`HostFacts`] keeps of this host: boot and machine.
+pub fn host_ids() -> (String, String) {
+    static IDS: OnceLock<(String, String)> = OnceLock::new();
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default().trim().to_string();
+    IDS.get_or_init(|| (read("/proc/sys/kernel/random/boot_id"), read("/etc/machine-id"))).clone()
+}
+
+/// Whether device and inode numbers of the dump can be compared with those of now.
+fn inodes_comparable(host: &HostFacts, device: u64) -> bool {
+    let (boot, machine) = host_ids();
+    let same_boot = !boot.is_empty() && boot == host.boot_id;
+    let same_machine = !machine.is_empty() && machine == host.machine_id;
+    // Devices with major number 0 (tmpfs, overlay, btrfs, NFS) are numbered as they are mounted.
+    same_boot || (same_machine && libc::major(device) != 0)
+}
+
+/// Open status flags that opening again may ask for. Never `O_CREAT` or `O_TRUNC`, whatever an image says.
+const REOPEN_FLAGS: i32 = libc::O_ACCMODE
+    | libc::O_APPEND
+    | libc::O_NONBLOCK
+    | libc::O_SYNC
+    | libc::O_DSYNC
+    | libc::O_DIRECT
+    | libc::O_DIRECTORY
+    | libc::O_NOFOLLOW
+    | libc::O_NOATIME
+    | libc::O_PATH;
+
+/// `__O_TMPFILE`, without the `O_DIRECTORY` that belongs to `O_TMPFILE`: `fdinfo` shows it of an open file.
+const TMPFILE_BIT: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
+
+/// The flags to open a file with that had these.
+pub fn reopen_flags(flags: i32) -> i32 {
+    let mut flags = flags;
+    if flags & TMPFILE_BIT != 0 {
+        flags &= !libc::O_TMPFILE;
+    }
+    (flags & REOPEN_FLAGS) | libc::O_CLOEXEC | libc::O_NOCTTY
+}
 
 /// Regular files and directories, deleted files with their content, O_PATH descriptors.
 pub struct Files;
 
 impl Resource for Files {
-    const NAME: &'static str = "files";
+    const NAME: &'static str = NAME;
     type Scope = OfFile;
     type Saved = File;
 
-    fn collect(_context: &mut CollectFile<'_>) -> Result<File, DumpError> {
-        Ok(File {})
+    fn collect(context: &mut CollectFile<'_>) -> Result<File, DumpError> {
+        let seen = context.seen;
+        let proc_link = format!("fd/{}", seen.fd);
+        let magic = {
+            let fd = context.reopen(OFlag::O_PATH)?;
+            nix::sys::statfs::fstatfs(&fd)
+                .map_err(|errno| context.io_error("cannot tell its file system", errno.into()))?
+                .filesystem_type()
+        };
+        if let Some(name) = stateful_filesystem(magic) {
+            context.refuse(format!("files of {name} are not supported"), "have the program close it before the dump");
+        }
+        let place = match locate(seen.link.as_os_str(), &seen.stat) {
+            Located::Path(path) if magic == nix::sys::statfs::PROC_SUPER_MAGIC => {
+                if let Some(pid) = proc_pid(&path)
+                    && !context.targets.iter().any(|target| target.pid().0 == pid)
+                {
+                    context.refuse(
+                        format!("it is about process {pid}, which is not part of the tree"),
+                        "have the program close it before the dump",
+                    );
+                }
+                Place::Proc { path }
+            }
+            Located::Path(path) => {
+                Place::Path { path, file_type: seen.file_type(), identity: Identity::of(&seen.stat) }
+            }
+            Located::Deleted if seen.file_type() == libc::S_IFREG => {
+                let target = &context.targets[seen.process];
+                let added = context.objects.deleted.add(target.proc(), &proc_link, &seen.stat, &seen.link);
+                Place::Deleted { id: added.map_err(|source| context.io_error("cannot be opened to read it", source))? }
+            }
+            Located::Deleted => {
+                let kind = type_name(seen.file_type());
+                context.refuse(format!("{kind} that was deleted cannot be brought back"), "");
+                Place::Proc { path: PathBuf::new() }
+            }
+            Located::Elsewhere(why) => {
+                context.refuse(why, "");
+                Place::Proc { path: PathBuf::new() }
+            }
+        };
+        Ok(File { place, position: seen.info.position })
     }
 
-    fn check(_saved: &File, _context: &mut Check<'_>) {}
+    fn check(saved: &File, context: &mut Check<'_>) {
+        match &saved.place {
+            Place::Path { path, file_type, identity } => {
+                if !path.is_absolute() {
+                    return context.refuse("", format!("{} is not a full path", path.display()), USE_ANOTHER_COPY);
+                }
+                let expect = if *file_type == libc::S_IFREG { Expect::SameFile } else { Expect::Present };
+                if let Some(difference) = identity.difference(path, *file_type, expect, &context.image.host) {
+                    context.refuse(path.display().to_string(), difference, "put the file back as it was at the dump");
+                }
+            }
+            Place::Proc { path } => {
+                if !path.starts_with("/proc") {
+                    context.refuse("", format!("{} is not in /proc", path.display()), USE_ANOTHER_COPY);
+                }
+            }
+            Place::Deleted { id } => check_deleted(*id, context),
+        }
+    }
 
-    fn rebuild(_saved: &File, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
-        Ok(())
+    fn rebuild(saved: &File, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+        let process = context.process();
+        let flags = reopen_flags(context.file().flags);
+        let position = saved.position;
+        match &saved.place {
+            Place::Path { path, file_type, identity } => {
+                let comparable = inodes_comparable(&context.image.host, identity.device);
+                let expect = if *file_type == libc::S_IFREG { Expect::SameFile } else { Expect::Present };
+                let (file_type, identity) = (*file_type, *identity);
+                open(context, process, path.as_os_str(), flags, position, move |now| {
+                    identity.difference_to(&now.identity, now.file_type, file_type, expect, comparable)
+                })
+            }
+            Place::Proc { path } => open(context, process, path.as_os_str(), flags, position, |_| None),
+            Place::Deleted { id } => {
+                let deleted = &context.objects.deleted[id.0 as usize];
+                let brought = context.targets[process].fds_in(&[deleted.as_fd()]);
+                let link = brought.map_err(|source| context.target_error(source))?[0];
+                let path = PathBuf::from(format!("/proc/self/fd/{link}"));
+                open(context, process, path.as_os_str(), flags & !libc::O_NOFOLLOW, position, |_| None)?;
+                context.close(process, link)
+            }
+        }
+    }
+}
+
+const USE_ANOTHER_COPY: &str = "the image is inconsistent; use another copy of it";
+
+/// Opens a file in a skeleton, looks whether it is the right one, and puts its offset where it was.
+pub fn open(
+    context: &mut RebuildFile<'_>,
+    process: usize,
+    path: &OsStr,
+    flags: i32,
+    position: i64,
+    differs: impl FnOnce(&Opened) -> Option<String> + 'static,
+) -> Result<(), RestoreError> {
+    let bytes = path.len() + STAT_BYTES;
+    let seekable = position != 0 && flags & libc::O_PATH == 0;
+    context.create(process, 4, bytes, |batch| {
+        let path = batch.string(path.as_bytes());
+        let fd = batch.call(Sysno::openat, args![libc::AT_FDCWD, path, flags]);
+        let stat = batch.room(STAT_BYTES);
+        let empty = batch.string(b"");
+        batch.call(Sysno::newfstatat, args![fd, empty, stat, libc::AT_EMPTY_PATH]);
+        let seek = seekable.then(|| batch.call(Sysno::lseek, args![fd, position, libc::SEEK_SET]));
+        let verify = move |replies: &Replies| {
+            if let Some(difference) = differs(&read_stat(replies, stat)) {
+                return Err(difference);
+            }
+            match seek.map(|seek| replies.value(seek) as i64) {
+                Some(now) if now != position => Err(format!("its offset is {now} and should be {position}")),
+                _ => Ok(()),
+            }
+        };
+        (fd, verify)
+    })
+}
+
+/// Bytes of `struct stat`.
+const STAT_BYTES: usize = 144;
+
+/// What a skeleton has opened.
+pub struct Opened {
+    pub identity: Identity,
+    /// `S_IFREG`, `S_IFDIR`, ...
+    pub file_type: u32,
+    /// Of a device.
+    pub device_number: u64,
+}
+
+/// Reads the kernel's `struct stat` of x86-64.
+fn read_stat(replies: &Replies, stat: Slot) -> Opened {
+    let words = replies.words(stat);
+    let modified = nanoseconds(words[11] as i64, words[12] as i64);
+    Opened {
+        identity: Identity { device: words[0], inode: words[1], size: words[6], modified },
+        file_type: words[3] as u32 & libc::S_IFMT,
+        device_number: words[5],
     }
 }
 
 impl FileResource for Files {
-    fn claims(_seen: &Seen) -> bool {
-        false
+    fn claims(seen: &Seen) -> bool {
+        // memfd and what else has no path is someone else's; O_PATH is only a place, whatever is there.
+        let named = seen.link.as_bytes().starts_with(b"/") || seen.link.as_bytes().starts_with(b"(unreachable)");
+        let place_only = seen.info.flags & libc::O_PATH != 0;
+        named
+            && !seen.link.as_bytes().starts_with(b"/memfd:")
+            && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
     }
 
     fn finish(_saved: &File, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+        // All was done when it was opened.
         Ok(())
     }
+}
+
+/// Where a link of `/proc` leads to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Located {
+    /// By this path, seen from ckpt.
+    Path(PathBuf),
+    /// No name is left.
+    Deleted,
+    /// It has a name that ckpt does not find or must not use: why.
+    Elsewhere(String),
+}
+
+/// Finds the file of a link of `/proc` (`fd/N`, `map_files/A-B`, `cwd`, `exe`) by its identity and not by its text:
+/// a file may really be called `x (deleted)`.
+pub fn locate(link: &OsStr, stat: &FileStat) -> Located {
+    let is_it = |path: &Path| {
+        nix::sys::stat::lstat(path).is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
+    };
+    if link.as_bytes().starts_with(b"(unreachable)") {
+        return Located::Elsewhere("it is on a mount that ckpt does not see".into());
+    }
+    let path = Path::new(link);
+    if is_it(path) {
+        return Located::Path(path.to_path_buf());
+    }
+    let old = without_deleted(link);
+    // The kernel counts no link to a removed directory, on some file systems one to itself.
+    let is_directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    if stat.st_nlink == 0 || (is_directory && old.is_some()) {
+        return Located::Deleted;
+    }
+    let Some(old) = old else {
+        return Located::Elsewhere("its path leads to another file now: something is mounted over it".into());
+    };
+    // Deleted by this name, but there is another: linked into place, most often in the same directory.
+    let old = Path::new(old);
+    let directory = old.parent().unwrap_or(Path::new("/"));
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        use std::os::unix::fs::DirEntryExt;
+        if entry.ino() == stat.st_ino && is_it(&entry.path()) {
+            return Located::Path(entry.path());
+        }
+    }
+    Located::Elsewhere(format!(
+        "it was deleted by this name, but has {} other name(s), in another directory that is not known",
+        stat.st_nlink
+    ))
+}
+
+/// The path before ` (deleted)`.
+fn without_deleted(link: &OsStr) -> Option<&OsStr> {
+    link.as_bytes().strip_suffix(b" (deleted)").map(OsStr::from_bytes)
+}
+
+/// The process that a path in /proc is about.
+fn proc_pid(path: &Path) -> Option<i32> {
+    let mut parts = path.strip_prefix("/proc").ok()?.iter();
+    parts.next()?.to_str()?.parse().ok()
+}
+
+/// File systems whose open files are more than a path and an offset.
+fn stateful_filesystem(magic: FsType) -> Option<&'static str> {
+    // linux/magic.h
+    Some(match magic.0 as u64 & 0xffff_ffff {
+        0x1980_0202 => "mqueue (POSIX message queues)",
+        0x6e73_6673 => "nsfs (namespaces)",
+        0x5049_4446 => "pidfs (pidfds)",
+        0x7472_6163 => "tracefs",
+        0x6462_6720 => "debugfs",
+        0xcafe_4a11 => "bpf",
+        0xf97c_ff8c => "selinuxfs",
+        0x5345_434d => "secretmem",
+        _ => return None,
+    })
+}
+
+// --- deleted files ---
+
+/// Index of a [`DeletedFile`] in [`Image::deleted_files`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeletedId(pub u32);
+
+/// A regular file that no name leads to, with all that is kept of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeletedFile {
+    /// The directory it was in: it is made again there, on the same file system.
+    pub directory: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Nanoseconds since 1970.
+    pub accessed: i64,
+    pub modified: i64,
+    /// It was opened with `O_TMPFILE`, so that `linkat` may give it a name.
+    pub linkable: bool,
+    pub content: BlobId,
+}
+
+/// The deleted files of a tree, as descriptors and mappings lead to them: one for each inode.
+///
+/// Whoever meets one says so with [`add`](DeletedFiles::add) and saves the [`DeletedId`] it gets. The content is read
+/// when everything else is known to be savable ([`write`](DeletedFiles::write)). On restore, [`rebuild_deleted`] makes
+/// all of them before anything is mapped or opened; they are then in
+/// [`Rebuilt::deleted`](crate::resource::memory::Rebuilt), open for reading and writing: a mapping hands the descriptor
+/// to its target (`fds_in`) and maps it, or what `/proc/self/fd` opens of it with less rights.
+#[derive(Debug, Default)]
+pub struct DeletedFiles {
+    known: HashMap<(u64, u64), DeletedId>,
+    found: Vec<(StdFile, FileStat, PathBuf, bool)>,
+}
+
+impl DeletedFiles {
+    /// The id of the deleted file that `link` of a process (`fd/5`, `map_files/5500-5600`) leads to.
+    ///
+    /// `stat` is what the link leads to and `name` is the link's text.
+    ///
+    /// # Errors
+    /// If the file cannot be opened for reading.
+    pub fn add(&mut self, proc: &ProcDir, link: &str, stat: &FileStat, name: &OsStr) -> io::Result<DeletedId> {
+        if let Some(known) = self.known.get(&(stat.st_dev, stat.st_ino)) {
+            return Ok(*known);
+        }
+        // O_NOATIME is for the owner and the privileged.
+        let file = match proc.open_with(link, OFlag::O_RDONLY | OFlag::O_NOATIME) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => proc.open_with(link, OFlag::O_RDONLY)?,
+            other => other?,
+        };
+        let path = Path::new(without_deleted(name).unwrap_or(name));
+        // How the kernel calls what O_TMPFILE makes.
+        let linkable = path.file_name() == Some(OsStr::new(&format!("#{}", stat.st_ino)));
+        let directory = path.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let id = DeletedId(self.found.len() as u32);
+        self.found.push((file, *stat, directory, linkable));
+        self.known.insert((stat.st_dev, stat.st_ino), id);
+        Ok(id)
+    }
+
+    /// Copies the content of all of them into the image.
+    pub fn write(&mut self, store: &mut dyn ImageWriter) -> Result<Vec<DeletedFile>, DumpError> {
+        let mut saved = Vec::with_capacity(self.found.len());
+        for (file, stat, directory, linkable) in self.found.drain(..) {
+            saved.push(DeletedFile {
+                directory,
+                mode: stat.st_mode & 0o7777,
+                uid: stat.st_uid,
+                gid: stat.st_gid,
+                size: stat.st_size as u64,
+                accessed: nanoseconds(stat.st_atime, stat.st_atime_nsec),
+                modified: nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
+                linkable,
+                content: store.blob(file.as_fd())?,
+            });
+        }
+        Ok(saved)
+    }
+}
+
+/// Checks that a deleted file can be made again.
+pub fn check_deleted(id: DeletedId, context: &mut Check<'_>) {
+    let Some(deleted) = context.image.deleted_files.get(id.0 as usize) else {
+        return context.refuse("", format!("deleted file {} is not in the image", id.0), USE_ANOTHER_COPY);
+    };
+    let directory = deleted.directory.display().to_string();
+    if !deleted.directory.is_absolute() {
+        return context.refuse("", format!("{directory} is not a full path"), USE_ANOTHER_COPY);
+    }
+    if !deleted.directory.is_dir() {
+        context.refuse(directory, "the directory of a deleted file is gone", "make the directory again");
+        return;
+    }
+    let free = statfs(&deleted.directory).map(|stat| stat.blocks_available().saturating_mul(stat.block_size() as u64));
+    // The saved size may be mostly holes: only what surely cannot fit is refused, by writing it.
+    if free == Ok(0) && deleted.size > 0 {
+        context.refuse(directory, "the file system of a deleted file is full", "make room on it");
+    }
+}
+
+/// Makes the deleted files of an image again: by [`DeletedId`], open for reading and writing.
+pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, RestoreError> {
+    let image: &Image = reader.image();
+    let mut rebuilt = Vec::with_capacity(image.deleted_files.len());
+    for deleted in &image.deleted_files {
+        let error = |source: Errno| RestoreError::Io {
+            what: format!("a deleted file in {} could not be made again", deleted.directory.display()),
+            source: source.into(),
+        };
+        let file = nameless_file(&deleted.directory, deleted.linkable).map_err(error)?;
+        reader.copy_blob(deleted.content, file.as_fd())?;
+        finish_deleted(deleted, file.as_fd()).map_err(error)?;
+        rebuilt.push(file);
+    }
+    Ok(rebuilt)
+}
+
+/// Size, owner, mode and times, in the order in which they do not undo each other.
+fn finish_deleted(deleted: &DeletedFile, file: BorrowedFd<'_>) -> nix::Result<()> {
+    let now = nix::sys::stat::fstat(file)?;
+    if now.st_size as u64 != deleted.size {
+        nix::unistd::ftruncate(file, deleted.size as i64)?;
+    }
+    if (now.st_uid, now.st_gid) != (deleted.uid, deleted.gid) {
+        nix::unistd::fchown(file, Some(deleted.uid.into()), Some(deleted.gid.into()))?;
+    }
+    nix::sys::stat::fchmod(file, Mode::from_bits_truncate(deleted.mode))?;
+    let time = |at: i64| TimeSpec::new(at.div_euclid(1_000_000_000), at.rem_euclid(1_000_000_000));
+    nix::sys::stat::futimens(file, &time(deleted.accessed), &time(deleted.modified))
+}
+
+/// A new file without a name: `O_TMPFILE` leaves nothing behind however we end. Where the file system has no such
+/// thing, a new file under a name that nobody has, removed at once.
+fn nameless_file(directory: &Path, linkable: bool) -> nix::Result<OwnedFd> {
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    // With O_TMPFILE, O_EXCL means that linkat may not give it a name.
+    let exclusive = if linkable { OFlag::empty() } else { OFlag::O_EXCL };
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC | exclusive;
+    match nix::fcntl::open(directory, flags, mode) {
+        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL) if !linkable => {}
+        other => return other,
+    }
+    let parent = nix::fcntl::open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    for attempt in 0.. {
+        let name = format!(".ckpt-{}-{attempt}", std::process::id());
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        match nix::fcntl::openat(&parent, name.as_str(), flags, mode) {
+            Err(Errno::EEXIST) => {}
+            Ok(file) => {
+                nix::unistd::unlinkat(&parent, name.as_str(), nix::unistd::UnlinkatFlags::NoRemoveDir)?;
+                return Ok(file);
+            }
+            other => return other,
+        }
+    }
+    unreachable!("one of all names is free")
 }

@@ -10,13 +10,13 @@ pub struct Lock {}
 use crate::error::{DumpError, Refusal, RestoreError};
 use crate::image::Image;
 use crate::resource::Check;
-use crate::resource::descriptors::OpenFile;
+use crate::resource::descriptors::Census;
 use crate::target::Target;
 
 /// Collects the locks of the whole tree.
 pub fn collect(
     _targets: &mut [Box<dyn Target>],
-    _files: &[OpenFile],
+    _census: &Census,
     _refusals: &mut Vec<Refusal>,
 ) -> Result<Vec<Lock>, DumpError> {
     Ok(Vec::new())

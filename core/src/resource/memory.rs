@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::error::{DumpError, RestoreError};
 use crate::image::Image;
 use crate::progress::Meter;
-use crate::resource::files::Identity;
+use crate::resource::files::{DeletedFiles, DeletedId, Identity};
 use crate::resource::{Check, Collect};
 use crate::store::{ImageReader, ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, Target};
@@ -86,6 +86,13 @@ pub enum Source {
         /// Opened for writing: `mprotect` may make a shared mapping writable.
         writable: bool,
     },
+    /// A file that was deleted: see [`DeletedFiles`].
+    Deleted {
+        id: DeletedId,
+        /// In bytes.
+        offset: u64,
+        writable: bool,
+    },
     Object {
         id: ObjectId,
         offset: u64,
@@ -116,13 +123,16 @@ pub enum ObjectKind {
 /// The objects of a tree, as they are found.
 #[derive(Debug, Default)]
 pub struct Objects {
-    _private: (),
+    /// Deleted files, of descriptors and mappings.
+    pub deleted: DeletedFiles,
 }
 
 /// The objects of a skeleton, as descriptors of ours.
 #[derive(Debug, Default)]
 pub struct Rebuilt {
     pub objects: Vec<OwnedFd>,
+    /// The deleted files, by [`DeletedId`], open for reading and writing.
+    pub deleted: Vec<OwnedFd>,
 }
 
 /// Brings the pages of an image into a skeleton whose mappings are there.
@@ -180,7 +190,7 @@ pub fn write_pages(
 impl Objects {
     /// Writes the content of all objects into the image.
     pub fn write(
-        self,
+        &mut self,
         _targets: &mut [Box<dyn Target>],
         _store: &mut dyn ImageWriter,
         _meter: &mut Meter<'_>,
@@ -192,7 +202,13 @@ impl Objects {
 pub fn check(_memory: &Memory, _context: &mut Check<'_>) {}
 
 /// Clears every skeleton and makes the mappings of the image, without their pages.
-pub fn map_all(_targets: &mut [Box<dyn Target>], _reader: &dyn ImageReader) -> Result<Rebuilt, RestoreError> {
+///
+/// `deleted` are the deleted files of the image, by [`DeletedId`]; they go into what is returned.
+pub fn map_all(
+    _targets: &mut [Box<dyn Target>],
+    _reader: &dyn ImageReader,
+    _deleted: Vec<OwnedFd>,
+) -> Result<Rebuilt, RestoreError> {
     todo!()
 }
 

@@ -1,7 +1,11 @@
 //! Device nodes without state.
 
-use crate::wire::wire_struct;
+use crate::wire::{Bytes, wire_struct};
 
 wire_struct! {
-    pub struct DeviceV1 for ckpt_core::resource::devices::Device {}
+    pub struct DeviceV1 for ckpt_core::resource::devices::Device {
+        path: Bytes,
+        major: u32,
+        minor: u32,
+    }
 }

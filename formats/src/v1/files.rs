@@ -1,9 +1,34 @@
-//! Regular files and directories.
+//! Regular files and directories, and files that were deleted.
 
-use crate::wire::wire_struct;
+use crate::wire::{Bytes, wire_enum, wire_struct};
 
 wire_struct! {
-    pub struct FileV1 for ckpt_core::resource::files::File {}
+    pub struct FileV1 for ckpt_core::resource::files::File {
+        place: PlaceV1,
+        position: i64,
+    }
+}
+
+wire_enum! {
+    pub enum PlaceV1 for ckpt_core::resource::files::Place {
+        Path { path: Bytes, file_type: u32, identity: IdentityV1 },
+        Proc { path: Bytes },
+        Deleted { id: u32 },
+    }
+}
+
+wire_struct! {
+    pub struct DeletedFileV1 for ckpt_core::resource::files::DeletedFile {
+        directory: Bytes,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+        size: u64,
+        accessed: i64,
+        modified: i64,
+        linkable: bool,
+        content: u32,
+    }
 }
 
 wire_struct! {

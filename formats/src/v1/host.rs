@@ -10,6 +10,8 @@ wire_struct! {
         xsave_size: u32,
         cpu_features: Vec<String>,
         vdso_checksum: u32,
+        boot_id: String,
+        machine_id: String,
         time: u64,
         monotonic: u64,
         boottime: u64,

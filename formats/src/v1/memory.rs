@@ -65,6 +65,7 @@ wire_enum! {
     pub enum SourceV1 for ckpt_core::resource::memory::Source {
         Anonymous,
         File { path: Bytes, identity: IdentityV1, offset: u64, writable: bool },
+        Deleted { id: u32, offset: u64, writable: bool },
         Object { id: u32, offset: u64, writable: bool },
         Vdso,
         Vvar,

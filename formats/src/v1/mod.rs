@@ -41,6 +41,7 @@ wire_struct! {
         zombies: Vec<tasks::ZombieV1>,
         files: Vec<descriptors::OpenFileV1>,
         memory_objects: Vec<memory::ObjectV1>,
+        deleted_files: Vec<files::DeletedFileV1>,
         locks: Vec<locks::LockV1>,
         shell_job: bool,
         losses: Vec<String>,
