@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The subject creates it when it may be dumped.
@@ -17,6 +18,39 @@ pub const OUTPUT: &str = "output";
 /// The subject itself: sets state up, waits, checks it. An `Err` says what was expected and what was found.
 pub type Subject = fn(&Checkpoint) -> Result<(), String>;
 
+/// What is dumped.
+#[derive(Clone, Debug)]
+pub enum Root {
+    Subject(Subject),
+    Program(Program),
+}
+
+/// A real program.
+///
+/// It creates [`READY`], waits for [`GO`] and writes its [`VERDICT`] into its current directory, or has clients that do
+/// all three; and it exits with status 0.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// How to start it; standard streams, environment and directory are the suite's.
+    pub command: fn(&Path) -> Command,
+    /// Files that must be on this host, each with the Debian package it is in.
+    pub needs: &'static [(&'static str, &'static str)],
+    pub clients: Option<Clients>,
+}
+
+/// Who uses a program from outside its tree. Each is given the trial's directory.
+#[derive(Clone, Debug)]
+pub struct Clients {
+    /// Returns when the program is ready to be dumped.
+    pub prepare: fn(&Path) -> Result<(), String>,
+    /// Right before the dump of a round, counted from 0.
+    pub before_dump: fn(&Path, usize) -> Result<(), String>,
+    /// Right after the restore of a round.
+    pub after_restore: fn(&Path, usize) -> Result<(), String>,
+    /// Judges it and ends it.
+    pub finish: fn(&Path) -> Result<(), String>,
+}
+
 /// One thing to try: a subject, and how it is dumped and restored.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -24,21 +58,33 @@ pub struct Case {
     pub name: &'static str,
     /// The sections that a backend must be able to save, out of `ckpt_core::resource::names()`.
     pub resources: &'static [&'static str],
-    pub subject: Subject,
+    pub root: Root,
     pub shell_job: bool,
     pub tcp_close: bool,
     pub refused_at_dump: Option<&'static str>,
     pub refused_at_restore: Option<&'static str>,
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
+    /// How often in a row it is dumped and restored.
+    pub rounds: usize,
 }
 
 impl Case {
     pub fn new(name: &'static str, resources: &'static [&'static str], subject: Subject) -> Case {
+        Case::with_root(name, resources, Root::Subject(subject), 1)
+    }
+
+    /// A real program, which goes through five rounds.
+    pub fn program(name: &'static str, resources: &'static [&'static str], program: Program) -> Case {
+        Case::with_root(name, resources, Root::Program(program), 5)
+    }
+
+    fn with_root(name: &'static str, resources: &'static [&'static str], root: Root, rounds: usize) -> Case {
         Case {
             name,
             resources,
-            subject,
+            root,
+            rounds,
             shell_job: false,
             tcp_close: false,
             refused_at_dump: None,
@@ -77,6 +123,12 @@ impl Case {
     /// The restore must be refused with a message that holds this text, and leave nothing behind.
     pub fn refused_at_restore(mut self, text: &'static str) -> Case {
         self.refused_at_restore = Some(text);
+        self
+    }
+
+    /// Dumped and restored so many times in a row before it judges itself.
+    pub fn rounds(mut self, rounds: usize) -> Case {
+        self.rounds = rounds;
         self
     }
 

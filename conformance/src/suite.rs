@@ -1,0 +1,187 @@
+//! Runs the matrix on libtest-mimic, prints it, and writes it to a file.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ckpt_core::Backend;
+use libtest_mimic::{Arguments, Trial};
+use serde::Serialize;
+
+use crate::case::Case;
+use crate::isolation;
+use crate::matrix::{self, Cell, Host, Required, Todo};
+use crate::trial;
+
+/// What became of a cell.
+#[derive(Clone, Debug, Serialize)]
+pub struct Result {
+    pub case: &'static str,
+    /// `dumper+restorer`, or `dumper+running`.
+    pub way: String,
+    /// `passed`, `failed`, `skipped`, or `filtered` for what was not asked for.
+    pub outcome: &'static str,
+    /// Of a failure or a skip.
+    pub reason: Option<String>,
+    pub seconds: f64,
+}
+
+/// A suite that was run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub results: Vec<Result>,
+    /// Backends that there is nothing to try of, and why.
+    pub idle: Vec<String>,
+}
+
+/// Tries all `cases` with all `backends`, prints what came of it and writes it to `target/conformance-matrix.{txt,json}`.
+///
+/// The exit code is 0 only if something was tried, and nothing that was tried or required failed.
+pub fn main(cases: &[Case], backends: &[&'static Backend], subject: &Path, files: Option<&Path>) -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = Required::from_environment();
+    let unknown = required.unknown(backends);
+    if !unknown.is_empty() {
+        eprintln!("CKPT_REQUIRE names {unknown:?}, which is no backend, nor programs, namespaces or all");
+        return ExitCode::FAILURE;
+    }
+    let host = Host { namespaces: isolation::probe(), required };
+    if arguments.list {
+        let (cells, _) = matrix::generate(cases, backends, &host);
+        libtest_mimic::run(&arguments, trials(&cells, subject, &Default::default())).exit();
+    }
+    let report = run(cases, backends, &host, subject, &arguments);
+    print!("{}", report.text());
+    if let Some(stem) = files {
+        let write = |extension: &str, content: String| std::fs::write(stem.with_extension(extension), content);
+        let json = serde_json::to_string_pretty(&report).expect("strings and numbers");
+        if let Err(error) = write("txt", report.text()).and_then(|()| write("json", json)) {
+            eprintln!("writing {}: {error}", stem.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    report.exit_code()
+}
+
+/// Tries all cells that `arguments` do not filter out.
+pub fn run(
+    cases: &[Case],
+    backends: &[&'static Backend],
+    host: &Host,
+    subject: &Path,
+    arguments: &Arguments,
+) -> Report {
+    let (cells, idle) = matrix::generate(cases, backends, host);
+    let ended: Ended = Arc::default();
+    let _ = libtest_mimic::run(arguments, trials(&cells, subject, &ended));
+    let ended = ended.lock().expect("a trial's thread panicked");
+    let results = cells.iter().map(|cell| {
+        let way = cell.way.name();
+        let (outcome, reason, seconds) = match (&cell.todo, ended.get(&(cell.case.name, way.clone()))) {
+            (Todo::Skip(why), _) => ("skipped", Some(why.clone()), 0.0),
+            (_, Some((Ok(()), took))) => ("passed", None, took.as_secs_f64()),
+            (_, Some((Err(why), took))) => ("failed", Some(why.clone()), took.as_secs_f64()),
+            (_, None) => ("filtered", None, 0.0),
+        };
+        Result { case: cell.case.name, way, outcome, reason, seconds }
+    });
+    Report { results: results.collect(), idle }
+}
+
+/// By case and way.
+type Ended = Arc<Mutex<BTreeMap<(&'static str, String), (trial::Verdict, Duration)>>>;
+
+fn trials(cells: &[Cell], subject: &Path, ended: &Ended) -> Vec<Trial> {
+    let trials = cells.iter().map(|cell| {
+        let (cell, subject, ended) = (cell.clone(), PathBuf::from(subject), ended.clone());
+        let name = format!("{} {}", cell.way.name(), cell.case.name);
+        let skipped = matches!(cell.todo, Todo::Skip(_));
+        let trial = Trial::test(name, move || {
+            let begin = Instant::now();
+            let verdict = match &cell.todo {
+                Todo::Try => trial::run(&cell.case, &cell.way, &subject),
+                Todo::Skip(why) => return Err(format!("skipped: {why}").into()),
+                Todo::Fail(why) => Err(why.clone()),
+            };
+            let key = (cell.case.name, cell.way.name());
+            ended.lock().expect("a trial's thread panicked").insert(key, (verdict.clone(), begin.elapsed()));
+            Ok(verdict?)
+        });
+        trial.with_ignored_flag(skipped)
+    });
+    trials.collect()
+}
+
+impl Report {
+    pub fn count(&self, outcome: &str) -> usize {
+        self.results.iter().filter(|result| result.outcome == outcome).count()
+    }
+
+    pub fn exit_code(&self) -> ExitCode {
+        if self.count("failed") > 0 {
+            return ExitCode::from(101);
+        }
+        if self.count("passed") == 0 {
+            println!("conformance: nothing was tried, which is a failure");
+            return ExitCode::from(101);
+        }
+        ExitCode::SUCCESS
+    }
+
+    /// The matrix, every reason of a skip, and the numbers.
+    pub fn text(&self) -> String {
+        let mut ways: Vec<&str> = Vec::new();
+        let mut rows: Vec<(&str, BTreeMap<&str, &Result>)> = Vec::new();
+        for result in self.results.iter().filter(|result| result.outcome != "filtered") {
+            if !ways.contains(&result.way.as_str()) {
+                ways.push(&result.way);
+            }
+            match rows.iter_mut().find(|(case, _)| *case == result.case) {
+                Some((_, row)) => drop(row.insert(&result.way, result)),
+                None => rows.push((result.case, BTreeMap::from([(result.way.as_str(), result)]))),
+            }
+        }
+        let wide = rows.iter().map(|(case, _)| case.len()).max().unwrap_or(0);
+        let mut text = String::new();
+        let mut line = |first: &str, cells: &mut dyn Iterator<Item = &str>| {
+            let cells: String = ways
+                .iter()
+                .zip(cells)
+                .map(|(way, cell)| format!("  {cell:>width$}", width = way.len().max(7)))
+                .collect();
+            let _ = writeln!(text, "{first:wide$}{cells}");
+        };
+        line("", &mut ways.iter().copied());
+        for (case, row) in &rows {
+            let outcomes = ways.iter().map(|way| match row.get(way).map(|result| result.outcome) {
+                Some("failed") => "FAILED",
+                Some(outcome) => outcome,
+                None => "",
+            });
+            line(case, &mut outcomes.collect::<Vec<_>>().into_iter());
+        }
+        let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for result in self.results.iter().filter(|result| result.outcome == "skipped") {
+            let cell = format!("{} {}", result.way, result.case);
+            reasons.entry(result.reason.as_deref().unwrap_or("")).or_default().push(cell);
+        }
+        for (reason, cells) in reasons {
+            let _ = writeln!(text, "skipped: {reason}: {} ({})", cells.len(), shortened(&cells));
+        }
+        for idle in &self.idle {
+            let _ = writeln!(text, "{idle}");
+        }
+        let [passed, failed, skipped] = ["passed", "failed", "skipped"].map(|outcome| self.count(outcome));
+        let _ = writeln!(text, "conformance: {passed} passed, {failed} failed, {skipped} skipped");
+        text
+    }
+}
+
+fn shortened(cells: &[String]) -> String {
+    let more = cells.len().saturating_sub(3);
+    let first = cells[..cells.len() - more].join(", ");
+    if more > 0 { format!("{first}, and {more} more") } else { first }
+}

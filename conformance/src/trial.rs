@@ -1,0 +1,432 @@
+//! One trial: a subject is started, dumped, restored, and judged, in namespaces of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Permissions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use ckpt_core::dump::After;
+use ckpt_core::registry;
+
+use crate::case::{Case, GO, OUTPUT, READY, Root, VERDICT};
+use crate::driver::{self, Failure};
+use crate::visible::{Visible, numbers};
+use crate::{cases, isolation};
+
+/// What is done to the subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Nothing: a subject that does not pass so is broken itself.
+    Dry,
+    /// Dumped with `--leave-running` by this backend.
+    Running(&'static str),
+    /// Dumped by one backend and restored by another, so many times in a row.
+    Restored { dumper: &'static str, restorer: &'static str, rounds: usize },
+}
+
+impl Way {
+    /// The name of its column in the matrix; also how a trial's process is told.
+    pub fn name(&self) -> String {
+        match self {
+            Way::Dry => "dry".into(),
+            Way::Running(dumper) => format!("{dumper}+running"),
+            Way::Restored { dumper, restorer, .. } => format!("{dumper}+{restorer}"),
+        }
+    }
+
+    fn parse(name: &str, rounds: usize) -> Option<Way> {
+        let known = |name: &str| registry::backend(name).ok().map(|backend| backend.name);
+        match name.split_once('+') {
+            None => (name == "dry").then_some(Way::Dry),
+            Some((dumper, "running")) => Some(Way::Running(known(dumper)?)),
+            Some((dumper, restorer)) => {
+                Some(Way::Restored { dumper: known(dumper)?, restorer: known(restorer)?, rounds })
+            }
+        }
+    }
+}
+
+/// How a trial ended.
+pub type Verdict = Result<(), String>;
+
+const SWITCH: &str = "--ckpt-trial";
+/// From the start until the subject says that it is ready.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+/// From the sign to go on until it has ended.
+const VERDICT_DEADLINE: Duration = Duration::from_secs(60);
+/// For one round of dump and restore.
+const ROUND_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Every program that runs trials calls this first: it is started again for each of them.
+pub fn be_a_trial_if_asked() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [isolation::PROBE] => std::process::exit(isolation::answer_probe()),
+        [SWITCH, case, way, rounds, dir, subject] => {
+            let rounds = rounds.parse().unwrap_or(1);
+            let (Some(case), Some(way)) = (cases::find(case), Way::parse(way, rounds)) else {
+                println!("no such trial");
+                std::process::exit(2)
+            };
+            let total = READY_DEADLINE + VERDICT_DEADLINE + ROUND_DEADLINE * rounds as u32;
+            let status = isolation::run(total, || {
+                let mut init = Init::new(&case, PathBuf::from(dir), PathBuf::from(subject));
+                match catch_unwind(AssertUnwindSafe(|| init.attend(&way))) {
+                    Ok(Ok(())) => 0,
+                    Ok(Err(failure)) => {
+                        println!("{failure}");
+                        1
+                    }
+                    Err(panic) => {
+                        println!("the trial itself panicked: {}", driver::panic_text(&*panic));
+                        1
+                    }
+                }
+            });
+            std::process::exit(match status {
+                Ok(Some(status)) => status,
+                Ok(None) => {
+                    println!("the trial did not end within {} s", total.as_secs());
+                    1
+                }
+                Err(error) => {
+                    println!("running the trial failed: {error}");
+                    1
+                }
+            })
+        }
+        _ => {}
+    }
+}
+
+/// Runs one trial in processes of its own. `subject` is the program `ckpt-subject`.
+pub fn run(case: &Case, way: &Way, subject: &Path) -> Verdict {
+    let dir = tempfile::Builder::new().prefix("ckpt-trial-").tempdir().map_err(|error| error.to_string())?;
+    // A subject may have become another user when it writes its verdict.
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).map_err(|error| error.to_string())?;
+    let rounds = if let Way::Restored { rounds, .. } = way { *rounds } else { 1 };
+    let mut command = Command::new("/proc/self/exe");
+    command.args([SWITCH, case.name, &way.name(), &rounds.to_string()]).arg(dir.path()).arg(subject);
+    // SAFETY: prctl(2) is async-signal-safe.
+    unsafe { command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?)) };
+    let output = command.stdin(Stdio::null()).output().map_err(|error| format!("starting the trial: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let mut text = String::from_utf8_lossy(&output.stdout).trim_end().to_string();
+    if text.is_empty() {
+        text = format!("the trial ended with {}", output.status);
+    }
+    let standard_error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+    for (what, content) in [("subject", read(OUTPUT)), ("drivers", read(driver::LOG)), ("trial", standard_error)] {
+        if !content.is_empty() {
+            text.push_str(&format!("\n--- output of the {what}:\n{}", last_lines(&content, 40)));
+        }
+    }
+    if std::env::var_os("CKPT_KEEP").is_some() {
+        text.push_str(&format!("\n--- kept: {}", dir.keep().display()));
+    }
+    Err(text)
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// Pid 1 of a trial: parent of the subject, and of every orphan.
+struct Init<'a> {
+    case: &'a Case,
+    dir: PathBuf,
+    subject: PathBuf,
+    root: i32,
+    ended: BTreeMap<i32, ExitStatus>,
+    /// The other end of the subject's terminal.
+    terminal: Option<OwnedFd>,
+}
+
+impl Init<'_> {
+    fn new(case: &Case, dir: PathBuf, subject: PathBuf) -> Init<'_> {
+        Init { case, dir, subject, root: 0, ended: BTreeMap::new(), terminal: None }
+    }
+
+    fn attend(&mut self, way: &Way) -> Verdict {
+        self.start()?;
+        self.wait_until_ready()?;
+        match *way {
+            Way::Dry => {}
+            Way::Running(dumper) => self.leave_running(dumper)?,
+            Way::Restored { dumper, restorer, rounds } => {
+                for round in 0..rounds {
+                    let restored = self.dump_and_restore(dumper, restorer, round);
+                    if !restored.map_err(|failure| format!("round {} of {rounds}: {failure}", round + 1))? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        self.judge()
+    }
+
+    fn start(&mut self) -> Verdict {
+        let fail = |error: std::io::Error| format!("starting the subject: {error}");
+        let mut command = match &self.case.root {
+            Root::Subject(_) => {
+                let mut command = Command::new(&self.subject);
+                command.arg(self.case.name);
+                command
+            }
+            Root::Program(program) => (program.command)(&self.dir),
+        };
+        let output = File::create(self.dir.join(OUTPUT)).map_err(fail)?;
+        fs::set_permissions(self.dir.join(OUTPUT), Permissions::from_mode(0o666)).map_err(fail)?;
+        command.current_dir(&self.dir).stdout(output.try_clone().map_err(fail)?).stderr(output);
+        command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env("LANG", "C.UTF-8").env("HOME", &self.dir).env("TMPDIR", &self.dir);
+        if self.case.shell_job {
+            let terminal = self.open_terminal().map_err(|error| format!("opening a terminal: {error}"))?;
+            let number = terminal.as_raw_fd();
+            command.stdin(Stdio::from(terminal.try_clone().map_err(fail)?));
+            // SAFETY: async-signal-safe calls on a descriptor that stays open until after the fork.
+            unsafe {
+                command.pre_exec(move || {
+                    libc::setpgid(0, 0);
+                    // A background process may not choose the foreground unless SIGTTOU is out of the way.
+                    libc::signal(libc::SIGTTOU, libc::SIG_IGN);
+                    let result = libc::tcsetpgrp(number, libc::getpid());
+                    libc::signal(libc::SIGTTOU, libc::SIG_DFL);
+                    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+                })
+            };
+            self.root = command.spawn().map_err(fail)?.id() as i32;
+        } else {
+            // SAFETY: setsid(2) is async-signal-safe.
+            unsafe { command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
+            self.root = command.stdin(Stdio::null()).spawn().map_err(fail)?.id() as i32;
+        }
+        Ok(())
+    }
+
+    /// Gives the session of init a terminal, and returns the subject's end.
+    fn open_terminal(&mut self) -> nix::Result<OwnedFd> {
+        nix::unistd::setsid()?;
+        let pair = nix::pty::openpty(None, None)?;
+        for fd in [&pair.master, &pair.slave] {
+            nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+        }
+        // SAFETY: TIOCSCTTY takes an integer, and the descriptor is open.
+        nix::errno::Errno::result(unsafe { libc::ioctl(pair.slave.as_raw_fd(), libc::TIOCSCTTY, 0) })?;
+        self.terminal = Some(pair.master);
+        Ok(pair.slave)
+    }
+
+    fn wait_until_ready(&mut self) -> Verdict {
+        if let Some(clients) = self.clients() {
+            return (clients.prepare)(&self.dir).map_err(|failure| format!("preparing: {failure}"));
+        }
+        let begin = Instant::now();
+        while !self.dir.join(READY).exists() {
+            self.reap();
+            if let Some(status) = self.ended.get(&self.root) {
+                return Err(format!("the subject ended ({status}) before it was ready: {}", self.verdict()));
+            }
+            if begin.elapsed() > READY_DEADLINE {
+                return Err(format!("the subject was not ready within {} s", READY_DEADLINE.as_secs()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn clients(&self) -> Option<&crate::case::Clients> {
+        match &self.case.root {
+            Root::Program(program) => program.clients.as_ref(),
+            Root::Subject(_) => None,
+        }
+    }
+
+    /// A dump that leaves the tree running, or is refused: in both the tree must not be able to tell.
+    fn leave_running(&mut self, dumper: &str) -> Verdict {
+        self.before_dump(0)?;
+        let before = self.look();
+        let image = self.dir.join("image");
+        let files = self.files();
+        // A dump that is not refused as it should be ends the subject, which is then missed.
+        let after = if self.case.refused_at_dump.is_some() { After::Kill } else { After::LeaveRunning };
+        let result = driver::dump(backend(dumper), self.case, self.root, &image, after);
+        match (result, self.case.refused_at_dump) {
+            (Ok(()), None) => {}
+            (Ok(()), Some(text)) => return Err(format!("the dump was not refused; expected: {text}")),
+            (Err(Failure::Said(message)), Some(text)) if message.contains(text) => {
+                let left: Vec<_> = self.files().difference(&files).cloned().collect();
+                if !left.is_empty() {
+                    return Err(format!("the refused dump left {left:?} behind"));
+                }
+            }
+            (Err(Failure::Said(message)), Some(text)) => {
+                return Err(format!("the dump was refused, but not for {text:?}: {message}"));
+            }
+            (Err(failure), _) => return Err(format!("the dump failed: {failure:?}")),
+        }
+        self.compare(before, "after the dump")?;
+        self.after_restore(0)
+    }
+
+    /// One round. Says whether there is a tree to judge.
+    fn dump_and_restore(&mut self, dumper: &str, restorer: &str, round: usize) -> Result<bool, String> {
+        self.before_dump(round)?;
+        let before = self.look();
+        let image = self.dir.join(format!("image-{round}"));
+        driver::dump(backend(dumper), self.case, self.root, &image, After::Kill)
+            .map_err(|failure| format!("the dump failed: {failure:?}"))?;
+        self.nothing_left("the dump")?;
+        self.ended.clear();
+        if let Some(change) = self.case.after_dump.filter(|_| round == 0) {
+            change(&self.dir);
+        }
+        let result = driver::restore(backend(restorer), self.case, self.root, &image);
+        match (result, self.case.refused_at_restore) {
+            (Ok(()), None) => {}
+            (Ok(()), Some(text)) => return Err(format!("the restore was not refused; expected: {text}")),
+            (Err(Failure::Said(message)), Some(text)) if message.contains(text) => {
+                self.nothing_left("the refused restore")?;
+                return Ok(false);
+            }
+            (Err(Failure::Said(message)), Some(text)) => {
+                return Err(format!("the restore was refused, but not for {text:?}: {message}"));
+            }
+            (Err(failure), _) => return Err(format!("the restore failed: {failure:?}")),
+        }
+        self.compare(before, "after the restore")?;
+        self.after_restore(round)?;
+        let _ = fs::remove_dir_all(&image);
+        Ok(true)
+    }
+
+    fn before_dump(&mut self, round: usize) -> Verdict {
+        let Some(clients) = self.clients() else { return Ok(()) };
+        (clients.before_dump)(&self.dir, round).map_err(|failure| format!("before the dump: {failure}"))
+    }
+
+    fn after_restore(&mut self, round: usize) -> Verdict {
+        let Some(clients) = self.clients() else { return Ok(()) };
+        (clients.after_restore)(&self.dir, round).map_err(|failure| format!("after the restore: {failure}"))
+    }
+
+    fn files(&self) -> BTreeSet<String> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| !name.starts_with("driver.") && name != OUTPUT).collect()
+    }
+
+    fn look(&mut self) -> (BTreeSet<i32>, Option<Visible>) {
+        self.reap();
+        let pids = processes();
+        let visible = (!self.case.unsteady).then(|| Visible::look(&pids));
+        (pids, visible)
+    }
+
+    /// Compares the tree with how it looked. Of a subject that changes by itself, only that its root is there.
+    fn compare(&mut self, before: (BTreeSet<i32>, Option<Visible>), when: &str) -> Verdict {
+        let after = self.look();
+        if !after.0.contains(&self.root) {
+            let status = self.ended.get(&self.root).map(|status| format!(" ({status})")).unwrap_or_default();
+            return Err(format!("{when} process {} is not there{status}: {}", self.root, self.verdict()));
+        }
+        if self.case.unsteady {
+            return Ok(());
+        }
+        if before.0 != after.0 {
+            return Err(format!("{when} there are processes {:?}, expected {:?}", after.0, before.0));
+        }
+        let (Some(before), Some(after)) = (before.1, after.1) else { return Ok(()) };
+        let mut lines = before.difference(&after);
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let count = lines.len();
+        lines.truncate(15);
+        Err(format!("{when} {count} things of the tree look otherwise:\n{}", lines.join("\n")))
+    }
+
+    /// The tree is gone: nothing lives in the namespace but init. Waits for the dead only.
+    fn nothing_left(&mut self, what: &str) -> Verdict {
+        let begin = Instant::now();
+        loop {
+            self.reap();
+            let left = processes();
+            if left.is_empty() {
+                return Ok(());
+            }
+            let living = left.iter().filter(|&&pid| !matches!(state(pid), None | Some('Z' | 'X')));
+            let living: Vec<_> = living.map(|pid| (pid, state(*pid))).collect();
+            if !living.is_empty() || begin.elapsed() > Duration::from_secs(5) {
+                return Err(format!("{what} left processes behind: {living:?} of {left:?}"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Lets the subject go on, and waits for its end and its verdict.
+    fn judge(&mut self) -> Verdict {
+        File::create(self.dir.join(GO)).map_err(|error| format!("the sign to go on: {error}"))?;
+        let judged_by_clients = match self.clients() {
+            Some(clients) => {
+                (clients.finish)(&self.dir).map_err(|failure| format!("at the end: {failure}"))?;
+                true
+            }
+            None => false,
+        };
+        let begin = Instant::now();
+        while !self.ended.contains_key(&self.root) {
+            if begin.elapsed() > VERDICT_DEADLINE {
+                let state = state(self.root);
+                return Err(format!("process {} did not end after the sign to go on (state {state:?})", self.root));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            self.reap();
+        }
+        let status = self.ended[&self.root];
+        let verdict = if judged_by_clients { "pass".into() } else { self.verdict() };
+        if verdict == "pass" && status.success() { Ok(()) } else { Err(format!("{verdict} ({status})")) }
+    }
+
+    fn verdict(&self) -> String {
+        let text = fs::read_to_string(self.dir.join(VERDICT));
+        text.map_or_else(|_| "no verdict".into(), |text| text.trim_end().to_string())
+    }
+
+    fn reap(&mut self) {
+        let mut status = 0;
+        loop {
+            // SAFETY: waitpid writes to an integer of ours.
+            let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+            if pid <= 0 {
+                return;
+            }
+            self.ended.insert(pid, ExitStatus::from_raw(status));
+        }
+    }
+}
+
+/// All processes of the namespace but init.
+fn processes() -> BTreeSet<i32> {
+    let mut pids = numbers(Path::new("/proc"));
+    pids.remove(&1);
+    pids
+}
+
+fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+fn backend(name: &str) -> &'static ckpt_core::Backend {
+    registry::backend(name).unwrap_or_else(|names| panic!("no backend {name} among {names:?}"))
+}
