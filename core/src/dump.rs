@@ -111,11 +111,12 @@ fn collect(
             stopped: task.stopped,
             descriptors: tables.next().expect("a table for each process"),
             filesystem: context.collect::<filesystem::ProcessFilesystem>()?,
-            signals: context.collect::<signals::ProcessSignals>()?,
+            // Before the signals: a timer that fires now is found pending.
             timers: context.collect::<timers::ProcessTimers>()?,
             limits: context.collect::<limits::ResourceLimits>()?,
             attributes: context.collect::<attributes::Attributes>()?,
             threads: collect_threads(&mut context)?,
+            signals: context.collect::<signals::ProcessSignals>()?,
             memory: memory::collect(&mut context.section(memory::NAME), &mut objects)?,
         });
     }

@@ -169,7 +169,7 @@ pub const PAGE_SIZE: u64 = 4096;
 ///    exits.
 ///
 /// Not promised: that the calls of two targets run in any order, or that a failed batch undoes its first calls.
-pub trait Target: Send {
+pub trait Target: Send + std::any::Any {
     fn pid(&self) -> Pid;
 
     /// The thread ids, the main thread first.

@@ -1,1 +1,47 @@
+//! The ptrace backend: dumps any running process, with nothing prepared, and restores trees.
+#![deny(unsafe_code)]
 
+mod entrance;
+mod freeze;
+mod frozen;
+mod restart;
+#[allow(unsafe_code)]
+mod sys;
+mod tracee;
+
+use ckpt_core::backend::{Availability, Backend, Capability, DumpOptions, Dumper, Frozen, Probe};
+use ckpt_core::{DumpError, Pid, inventory, resource};
+
+inventory::submit! {
+    Backend {
+        name: "ptrace",
+        summary: "attaches to any running process; nothing has to be prepared",
+        capability,
+        probe,
+        dumper: Some(|| Box::new(PtraceDumper)),
+        restorer: None,
+    }
+}
+
+fn capability() -> Capability {
+    Capability {
+        attach: true,
+        launch: false,
+        restore: true,
+        resources: resource::names(),
+        privileges: vec!["CAP_SYS_PTRACE", "CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE"],
+    }
+}
+
+fn probe() -> Probe {
+    Probe { dump: Availability::Available, restore: Availability::Available, features: Vec::new() }
+}
+
+/// Freezes trees by ptrace(2).
+pub struct PtraceDumper;
+
+impl Dumper for PtraceDumper {
+    fn freeze(&self, root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError> {
+        frozen::freeze(root, options)
+    }
+}

@@ -1,0 +1,198 @@
+//! The agent: it waits for a batch, runs it, answers, and waits again.
+//!
+//! # Rules
+//! This runs inside a foreign process, in threads that hold any lock and in any state. So: no allocation, no locks, no
+//! std, no thread-local storage, no writable data of its own, no relocation. The only memory it writes is its lane, its
+//! stack, and what the calls of a batch say. It knows no resource.
+//!
+//! # Safety
+//! Addresses in the lane and in calls come from the driver, which lays them out inside the region or takes them from the
+//! target's own mappings.
+#![no_std]
+#![no_main]
+
+use core::arch::{asm, naked_asm};
+use core::arch::x86_64::_mm_crc32_u64;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+#[path = "../src/protocol.rs"]
+#[allow(dead_code)]
+mod protocol;
+use protocol::*;
+
+const SYS_READ: u64 = 0;
+const SYS_CLOSE: u64 = 3;
+const SYS_SENDTO: u64 = 44;
+const SYS_FUTEX: u64 = 202;
+const SYS_EXIT_GROUP: u64 = 231;
+const SYS_CLONE3: u64 = 435;
+const FUTEX_WAIT: u64 = 0;
+const FUTEX_WAKE: u64 = 1;
+const MSG_NOSIGNAL: u64 = 0x4000;
+const EINTR: i64 = 4;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// Entered with the lane in `rdi` and a stack of the agent's own.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".text.entry")]
+#[unsafe(naked)]
+unsafe extern "C" fn _start() -> ! {
+    naked_asm!("and rsp, -16", "call {serve}", "ud2", serve = sym serve)
+}
+
+#[inline(always)]
+unsafe fn system(number: u64, a: [u64; 6]) -> i64 {
+    let result: i64;
+    unsafe {
+        asm!("syscall", inlateout("rax") number as i64 => result,
+            in("rdi") a[0], in("rsi") a[1], in("rdx") a[2], in("r10") a[3], in("r8") a[4], in("r9") a[5],
+            out("rcx") _, out("r11") _);
+    }
+    result
+}
+
+/// `clone3`: the child finds its lane at the top of its new stack, and starts there.
+#[inline(always)]
+unsafe fn clone(args: u64, size: u64) -> i64 {
+    let result: i64;
+    unsafe {
+        asm!("syscall", "test rax, rax", "jnz 2f", "pop rdi", "call {serve}", "ud2", "2:",
+            serve = sym serve,
+            inlateout("rax") SYS_CLONE3 as i64 => result, in("rdi") args, in("rsi") size,
+            out("rcx") _, out("r11") _);
+    }
+    result
+}
+
+unsafe extern "C" fn serve(lane: *mut Lane) -> ! {
+    unsafe {
+        loop {
+            if (*lane).wait == WAIT_SOCKET {
+                let mut byte = 0u8;
+                match system(SYS_READ, [(*lane).socket as u64, &raw mut byte as u64, 1, 0, 0, 0]) {
+                    1 => {}
+                    interrupted if interrupted == -EINTR => continue,
+                    _ => leave(lane),
+                }
+                run(lane);
+                let socket = (*lane).socket as u64;
+                system(SYS_SENDTO, [socket, &raw const byte as u64, 1, MSG_NOSIGNAL, 0, 0]);
+            } else {
+                let command = &*(&raw const (*lane).command).cast::<AtomicU32>();
+                let done = &*(&raw const (*lane).done).cast::<AtomicU32>();
+                let number = command.load(Ordering::Acquire);
+                if number == COMMAND_LEAVE {
+                    sigreturn((*lane).frame);
+                }
+                if number == done.load(Ordering::Relaxed) {
+                    system(SYS_FUTEX, [&raw const (*lane).command as u64, FUTEX_WAIT, number as u64, 0, 0, 0]);
+                    continue;
+                }
+                run(lane);
+                done.store(number, Ordering::Release);
+                system(SYS_FUTEX, [&raw const (*lane).done as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+            }
+        }
+    }
+}
+
+unsafe fn run(lane: *mut Lane) {
+    unsafe {
+        let calls = (*lane).call_array as *mut Call;
+        let mut index = 0;
+        (*lane).ran = 0;
+        while index < (*lane).calls {
+            let call = calls.add(index as usize);
+            let mut args = (*call).args;
+            let mut n = 0;
+            while n < 6 {
+                if (*call).results & (1 << n) != 0 {
+                    args[n] = (*calls.add(args[n] as usize)).result as u64;
+                }
+                n += 1;
+            }
+            let result = if (*call).number == CHECKSUM_PAGES {
+                checksum_pages(args[0] as *const u64, args[1] as usize, args[2] as *mut u32);
+                0
+            } else if (*call).number == SYS_CLONE3 as u32 {
+                clone(args[0], args[1])
+            } else {
+                system((*call).number as u64, args)
+            };
+            (*call).result = result;
+            index += 1;
+            (*lane).ran = index;
+            if (-4095..0).contains(&result) && (*call).flags & MAY_FAIL == 0 {
+                return;
+            }
+        }
+    }
+}
+
+/// The driver is gone: the program goes on, or a skeleton that was never released ends.
+unsafe fn leave(lane: *mut Lane) -> ! {
+    unsafe {
+        if (*lane).leave == LEAVE_SKELETON {
+            let control = &*((*lane).control as *const AtomicU32);
+            if control.load(Ordering::Acquire) == 0 {
+                loop {
+                    system(SYS_EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
+                }
+            }
+            let mut n = 0;
+            while n < (*lane).thread_count {
+                let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
+                (*(&raw const (*thread).command).cast::<AtomicU32>()).store(COMMAND_LEAVE, Ordering::Release);
+                system(SYS_FUTEX, [&raw const (*thread).command as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+                n += 1;
+            }
+        }
+        system(SYS_CLOSE, [(*lane).socket as u64, 0, 0, 0, 0, 0]);
+        sigreturn((*lane).frame)
+    }
+}
+
+unsafe fn sigreturn(frame: u64) -> ! {
+    unsafe { asm!("mov rsp, {frame}", "mov eax, 15", "syscall", "ud2", frame = in(reg) frame, options(noreturn)) }
+}
+
+/// CRC-32C of each page. Four pages at a time: the instruction has a latency of three cycles.
+unsafe fn checksum_pages(mut from: *const u64, mut pages: usize, mut to: *mut u32) {
+    const WORDS: usize = 512;
+    unsafe {
+        while pages >= 4 {
+            let mut sums = [u32::MAX as u64; 4];
+            let mut word = 0;
+            while word < WORDS {
+                sums[0] = _mm_crc32_u64(sums[0], *from.add(word));
+                sums[1] = _mm_crc32_u64(sums[1], *from.add(WORDS + word));
+                sums[2] = _mm_crc32_u64(sums[2], *from.add(2 * WORDS + word));
+                sums[3] = _mm_crc32_u64(sums[3], *from.add(3 * WORDS + word));
+                word += 1;
+            }
+            to.write_unaligned(!sums[0] as u32);
+            to.add(1).write_unaligned(!sums[1] as u32);
+            to.add(2).write_unaligned(!sums[2] as u32);
+            to.add(3).write_unaligned(!sums[3] as u32);
+            from = from.add(4 * WORDS);
+            to = to.add(4);
+            pages -= 4;
+        }
+        while pages > 0 {
+            let mut sum = u32::MAX as u64;
+            let mut word = 0;
+            while word < WORDS {
+                sum = _mm_crc32_u64(sum, *from.add(word));
+                word += 1;
+            }
+            to.write_unaligned(!sum as u32);
+            from = from.add(WORDS);
+            to = to.add(1);
+            pages -= 1;
+        }
+    }
+}

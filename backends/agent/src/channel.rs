@@ -1,0 +1,368 @@
+//! One lane of a region: lays a batch out, wakes the agent, and reads what it did.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ckpt_core::batch::{Arg, Batch, Operation, Replies, Sysno};
+use ckpt_core::{Pid, RemoteFd, TargetError, args};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL};
+use crate::region::{FRAME_SIZE, LaneKind, Region};
+use crate::sys;
+
+/// How the agent of a lane waits for work.
+#[derive(Debug)]
+pub enum Wait {
+    /// On a socket, whose other end this is: it learns at once when we are gone.
+    Socket { ours: OwnedFd, theirs: RemoteFd },
+    /// On a futex, beside a main thread that watches a socket.
+    Futex,
+}
+
+/// A lane with an agent in it.
+#[derive(Debug)]
+pub struct Channel {
+    region: Arc<Region>,
+    kind: LaneKind,
+    /// Offset of the lane in the region.
+    offset: usize,
+    /// Where the target has the region.
+    base: u64,
+    wait: Wait,
+    pid: Pid,
+}
+
+/// Longest time that one batch may take. Batches are cut so that a slow disk needs a few seconds for one.
+const BATCH_TIMEOUT: Duration = Duration::from_secs(120);
+
+impl Channel {
+    /// Prepares a lane at `offset` of the region, which the target has at `base`.
+    pub fn new(region: Arc<Region>, kind: LaneKind, offset: usize, base: u64, pid: Pid, wait: Wait) -> Channel {
+        let channel = Channel { region, kind, offset, base, wait, pid };
+        let layout = kind.layout();
+        let lane = channel.address();
+        channel.region.mapping().put(
+            offset,
+            Lane {
+                command: 0,
+                done: 0,
+                wait: match channel.wait {
+                    Wait::Socket { .. } => protocol::WAIT_SOCKET,
+                    Wait::Futex => protocol::WAIT_FUTEX,
+                },
+                leave: protocol::LEAVE_SKELETON,
+                socket: match &channel.wait {
+                    Wait::Socket { theirs, .. } => theirs.0,
+                    Wait::Futex => -1,
+                },
+                calls: 0,
+                ran: 0,
+                _reserved: 0,
+                call_array: lane + layout.calls as u64,
+                control: base + CODE_SIZE as u64,
+                frame: 0,
+                threads: 0,
+                thread_count: 0,
+                thread_stride: 0,
+            },
+        );
+        // A new thread or process takes its lane from the top of its stack.
+        channel.region.mapping().put(offset + layout.stack_top - 16, lane);
+        channel
+    }
+
+    /// Offset in a region of the first lane.
+    pub const FIRST: usize = CODE_SIZE + CONTROL_SIZE;
+
+    /// Address of the lane in the target.
+    pub fn address(&self) -> u64 {
+        self.base + self.offset as u64
+    }
+
+    /// Address of the agent's entry in the target.
+    pub fn entry(&self) -> u64 {
+        self.base
+    }
+
+    /// A stack for the agent: its lowest address and its size. The lane's address is the word at the top.
+    pub fn stack(&self) -> (u64, u64) {
+        let layout = self.kind.layout();
+        let low = self.address() + (layout.bytes + layout.max_bytes) as u64;
+        (low, self.address() + layout.stack_top as u64 - 16 - low)
+    }
+
+    /// Address, in the target, that [`set_frame`](Channel::set_frame) puts a frame at.
+    pub fn frame_address(&self) -> u64 {
+        self.address() + self.kind.layout().frame as u64
+    }
+
+    fn head(&self) -> Lane {
+        self.region.mapping().get::<Lane>(self.offset)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Lane)) {
+        let mut lane = self.head();
+        change(&mut lane);
+        self.region.mapping().put(self.offset, lane);
+    }
+
+    /// Frozen targets: when we are gone, the agent hands the thread back through the frame at this address.
+    pub fn set_healing(&mut self, frame: u64) {
+        self.change(|lane| {
+            lane.leave = protocol::LEAVE_HEAL;
+            lane.frame = frame;
+        });
+    }
+
+    /// Skeletons: the frame that the thread goes on through if we are lost after the release.
+    pub fn set_frame(&mut self, frame: &[u8]) {
+        assert!(frame.len() <= FRAME_SIZE);
+        self.region.mapping().write(self.offset + self.kind.layout().frame, frame);
+        let address = self.frame_address();
+        self.change(|lane| lane.frame = address);
+    }
+
+    /// Skeletons: the futex lanes of the same process, one after the other in the region.
+    pub fn set_threads(&mut self, first: u64, count: usize) {
+        self.change(|lane| {
+            lane.threads = first;
+            lane.thread_count = count as u64;
+            lane.thread_stride = LaneKind::Thread.size() as u64;
+        });
+    }
+
+    /// The agent's end of the socket, where it has one.
+    pub fn their_socket(&self) -> Option<RemoteFd> {
+        match &self.wait {
+            Wait::Socket { theirs, .. } => Some(*theirs),
+            Wait::Futex => None,
+        }
+    }
+
+    /// The agent's end has another number now.
+    pub fn socket_moved(&mut self, to: RemoteFd) {
+        if let Wait::Socket { theirs, .. } = &mut self.wait {
+            *theirs = to;
+        }
+        self.change(|lane| lane.socket = to.0);
+    }
+
+    /// Runs a batch. `idle` is called now and then while nothing comes: the process may have to be helped along.
+    pub fn run(
+        &mut self,
+        batch: &Batch,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Replies, TargetError> {
+        if batch.is_empty() {
+            return Ok(Replies::new(Vec::new(), batch.initial_bytes().to_vec()));
+        }
+        self.send(batch)?;
+        self.wait(idle)?;
+        self.replies(batch)
+    }
+
+    /// Lays a batch out and wakes the agent.
+    pub fn send(&mut self, batch: &Batch) -> Result<(), TargetError> {
+        let layout = self.kind.layout();
+        let (calls, bytes) = (batch.len(), batch.initial_bytes().len());
+        if calls > layout.max_calls || bytes > layout.max_bytes {
+            return Err(TargetError::BatchTooLarge { calls, bytes });
+        }
+        for (index, call) in self.place(batch).into_iter().enumerate() {
+            self.region.mapping().put(self.offset + layout.calls + index * size_of::<Call>(), call);
+        }
+        self.change(|lane| {
+            lane.calls = calls as u32;
+            lane.ran = 0;
+        });
+        match &self.wait {
+            Wait::Socket { ours, .. } => {
+                let sent = nix::sys::socket::send(ours.as_raw_fd(), b"r", MsgFlags::MSG_NOSIGNAL);
+                sent.map_err(|_| TargetError::Gone { pid: self.pid })?;
+            }
+            Wait::Futex => {
+                let command = self.region.mapping().atomic(self.offset);
+                command.fetch_add(1, Ordering::Release);
+                sys::futex_wake(command);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the bytes of a batch into the lane, and gives its calls with all addresses filled in.
+    pub fn place(&mut self, batch: &Batch) -> Vec<Call> {
+        let layout = self.kind.layout();
+        let memory = self.region.mapping();
+        let bytes_at = self.offset + layout.bytes;
+        let bytes_address = self.address() + layout.bytes as u64;
+        memory.write(bytes_at, batch.initial_bytes());
+        for (at, slot) in batch.pointers() {
+            memory.put(bytes_at + at, bytes_address + slot.offset() as u64);
+        }
+        let in_target = |call: &ckpt_core::batch::Call| {
+            let mut results = 0;
+            let mut args = [0; 6];
+            for (n, arg) in call.args.iter().enumerate() {
+                args[n] = match *arg {
+                    Arg::Value(value) => value,
+                    Arg::Address(slot) => bytes_address + slot.offset() as u64,
+                    Arg::Result(id) => {
+                        results |= 1 << n;
+                        id.index() as u64
+                    }
+                };
+            }
+            let number = match call.operation {
+                Operation::System(number) => number as u32,
+                Operation::ChecksumPages => CHECKSUM_PAGES,
+            };
+            Call { number, flags: if call.may_fail { MAY_FAIL } else { 0 }, results, args, result: 0 }
+        };
+        batch.calls().iter().map(in_target).collect()
+    }
+
+    /// The bytes of a batch that was placed, as its calls left them.
+    pub fn placed_bytes(&self, batch: &Batch) -> Vec<u8> {
+        let mut bytes = vec![0; batch.initial_bytes().len()];
+        self.region.mapping().read(self.offset + self.kind.layout().bytes, &mut bytes);
+        bytes
+    }
+
+    /// Waits until the agent has run what was sent.
+    pub fn wait(&mut self, idle: &mut dyn FnMut() -> Result<(), TargetError>) -> Result<(), TargetError> {
+        let deadline = Instant::now() + BATCH_TIMEOUT;
+        loop {
+            match &self.wait {
+                Wait::Socket { ours, .. } => {
+                    let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+                    match poll(&mut ready, PollTimeout::from(50u8)) {
+                        Ok(0) | Err(Errno::EINTR) => {}
+                        Ok(_) => {
+                            let mut byte = [0];
+                            return match nix::unistd::read(ours, &mut byte) {
+                                Ok(1) => Ok(()),
+                                _ => Err(TargetError::Gone { pid: self.pid }),
+                            };
+                        }
+                        Err(error) => return Err(self.driver_error("poll", error.into())),
+                    }
+                }
+                Wait::Futex => {
+                    let memory = self.region.mapping();
+                    let command = memory.atomic(self.offset).load(Ordering::Relaxed);
+                    let done = memory.atomic(self.offset + 4);
+                    let seen = done.load(Ordering::Acquire);
+                    if seen == command {
+                        return Ok(());
+                    }
+                    sys::futex_wait(done, seen, Duration::from_millis(50));
+                    if done.load(Ordering::Acquire) == command {
+                        return Ok(());
+                    }
+                }
+            }
+            idle()?;
+            if Instant::now() > deadline {
+                return Err(TargetError::TimedOut { pid: self.pid, seconds: BATCH_TIMEOUT.as_secs() });
+            }
+        }
+    }
+
+    /// What the calls of a batch that was run returned.
+    pub fn replies(&self, batch: &Batch) -> Result<Replies, TargetError> {
+        let layout = self.kind.layout();
+        let memory = self.region.mapping();
+        let ran = (self.head().ran as usize).min(batch.len());
+        let mut results = Vec::with_capacity(batch.len());
+        for (index, call) in batch.calls()[..ran].iter().enumerate() {
+            let result = memory.get::<Call>(self.offset + layout.calls + index * size_of::<Call>()).result;
+            if let (Err(errno), false, Operation::System(name)) =
+                (ckpt_core::batch::decode(result), call.may_fail, call.operation)
+            {
+                return Err(TargetError::Call { pid: self.pid, call: name, index, errno });
+            }
+            results.push(result);
+        }
+        if ran < batch.len() {
+            return Err(TargetError::Gone { pid: self.pid });
+        }
+        Ok(Replies::new(results, self.placed_bytes(batch)))
+    }
+
+    /// Copies descriptors of ours into the target, with numbers from `spare` on.
+    pub fn fds_in(
+        &mut self,
+        fds: &[BorrowedFd<'_>],
+        spare: i32,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Vec<RemoteFd>, TargetError> {
+        // SCM_MAX_FD is 253.
+        let mut all = Vec::with_capacity(fds.len());
+        for some in fds.chunks(200) {
+            all.extend(self.fds_in_once(some, spare, idle)?);
+        }
+        Ok(all)
+    }
+
+    fn fds_in_once(
+        &mut self,
+        fds: &[BorrowedFd<'_>],
+        spare: i32,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Vec<RemoteFd>, TargetError> {
+        let Wait::Socket { ours, theirs } = &self.wait else {
+            return Err(self.driver_error("passing descriptors to a thread", io::ErrorKind::Unsupported.into()));
+        };
+        // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags
+        let mut batch = Batch::new();
+        let control_size = 16 + fds.len().next_multiple_of(2) * 4;
+        let (byte, control) = (batch.room(1), batch.room(control_size));
+        let vector = batch.words(&[0, 1]);
+        batch.pointer(vector, 0, byte);
+        let message = batch.words(&[0, 0, 0, 1, 0, control_size as u64, 0]);
+        batch.pointer(message, 16, vector);
+        batch.pointer(message, 32, control);
+        batch.call(Sysno::recvmsg, args![*theirs, message, libc::MSG_CMSG_CLOEXEC]);
+        let raw: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let ours = ours.as_raw_fd();
+        self.send(&batch)?;
+        sendmsg::<()>(ours, &[IoSlice::new(b"f")], &[ControlMessage::ScmRights(&raw)], MsgFlags::MSG_NOSIGNAL, None)
+            .map_err(|_| TargetError::Gone { pid: self.pid })?;
+        self.wait(idle)?;
+        let replies = self.replies(&batch)?;
+        let got = (replies.u64(control) as usize).saturating_sub(16) / 4;
+        if got != fds.len() {
+            return Err(self.driver_error("passing descriptors", Errno::EMFILE.into()));
+        }
+        let mut batch = Batch::new();
+        let mut lifted = Vec::with_capacity(fds.len());
+        for word in replies.bytes(control)[16..].chunks_exact(4).take(got) {
+            let low = i32::from_ne_bytes(word.try_into().unwrap());
+            if low >= spare {
+                lifted.push(Err(low));
+            } else {
+                lifted.push(Ok(batch.call(Sysno::fcntl, args![low, libc::F_DUPFD_CLOEXEC, spare])));
+                batch.call(Sysno::close, args![low]);
+            }
+        }
+        let replies = self.run(&batch, idle)?;
+        Ok(lifted.into_iter().map(|fd| fd.map_or_else(RemoteFd, |call| replies.fd(call))).collect())
+    }
+
+    /// Lets a futex lane go on through its frame.
+    pub fn leave(&mut self) {
+        let command = self.region.mapping().atomic(self.offset);
+        command.store(COMMAND_LEAVE, Ordering::Release);
+        sys::futex_wake(command);
+    }
+
+    fn driver_error(&self, operation: &'static str, source: io::Error) -> TargetError {
+        TargetError::Driver { pid: self.pid, operation, source }
+    }
+}

@@ -1,0 +1,152 @@
+//! What the driver can do for a target from outside, by pid: read and write memory, compare, fetch descriptors, scan pages.
+
+use std::cmp::Ordering;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use ckpt_core::procfs::ProcDir;
+use ckpt_core::{Kcmp, PAGE_SIZE, PageRun, Pid, RemoteFd, RemotePtr, TargetError};
+
+use crate::sys::{self, PageRegion, ScanArgument};
+
+/// A process, by descriptors that never mean another one.
+#[derive(Debug)]
+pub struct Process {
+    pid: Pid,
+    pidfd: OwnedFd,
+    pub proc: ProcDir,
+    pagemap: Option<File>,
+}
+
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+impl Process {
+    pub fn open(pid: Pid) -> io::Result<Process> {
+        Ok(Process { pid, pidfd: sys::pidfd_open(pid.0)?, proc: ProcDir::open(pid)?, pagemap: None })
+    }
+
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
+    pub fn fd(&self, fd: RemoteFd) -> Result<OwnedFd, TargetError> {
+        sys::pidfd_getfd(self.pidfd.as_fd(), fd.0).map_err(|source| self.error("pidfd_getfd", source))
+    }
+
+    pub fn read(&self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError> {
+        let wanted = buffer.len();
+        match sys::process_vm_read(self.pid.0, from.0, buffer) {
+            Ok(got) if got == wanted => Ok(()),
+            Ok(_) => Err(self.error("process_vm_readv", io::ErrorKind::UnexpectedEof.into())),
+            Err(source) => Err(self.error("process_vm_readv", source)),
+        }
+    }
+
+    pub fn write(&self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
+        match sys::process_vm_write(self.pid.0, to.0, bytes) {
+            Ok(put) if put == bytes.len() => Ok(()),
+            Ok(_) => Err(self.error("process_vm_writev", io::ErrorKind::WriteZero.into())),
+            Err(source) => Err(self.error("process_vm_writev", source)),
+        }
+    }
+
+    /// Writes through `/proc/PID/mem`: also to read-only private pages, and below a stack that has yet to grow.
+    pub fn force_write(&self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
+        use std::os::unix::fs::FileExt;
+        let memory = self.proc.open_with("mem", nix::fcntl::OFlag::O_RDWR);
+        memory.and_then(|memory| memory.write_all_at(bytes, to.0)).map_err(|source| self.error("writing mem", source))
+    }
+
+    pub fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
+        let number = match kind {
+            Kcmp::File => 0,
+            Kcmp::Vm => 1,
+            Kcmp::Files => 2,
+            Kcmp::Fs => 3,
+            Kcmp::Sighand => 4,
+            Kcmp::Io => 5,
+            Kcmp::Sysvsem => 6,
+        };
+        // kcmp(2): 0 equal, 1 less, 2 greater, 3 unequal without an order
+        match sys::kcmp(self.pid.0, other.0, number, mine, theirs).map_err(|source| self.error("kcmp", source))? {
+            0 => Ok(Ordering::Equal),
+            1 => Ok(Ordering::Less),
+            _ => Ok(Ordering::Greater),
+        }
+    }
+
+    /// See [`ckpt_core::Target::private_pages`].
+    pub fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+        if self.pagemap.is_none() {
+            let pagemap = self.proc.file("pagemap").map_err(|source| self.error("opening pagemap", source))?;
+            self.pagemap = Some(pagemap);
+        }
+        let pagemap = self.pagemap.as_ref().expect("just opened");
+        let mut runs: Vec<PageRun> = Vec::new();
+        let mut argument = ScanArgument {
+            start,
+            end,
+            category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            // One category that all have, so that the kernel does not cut runs where others change.
+            return_mask: PAGE_IS_FILE,
+            ..ScanArgument::default()
+        };
+        let mut regions = [PageRegion::default(); 512];
+        while argument.start < end {
+            let found = match sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions) {
+                Ok(found) => found,
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => return self.read_pagemap(start, end),
+                Err(source) => return Err(self.error("PAGEMAP_SCAN", source)),
+            };
+            for region in &regions[..found] {
+                push(&mut runs, region.start, (region.end - region.start) / PAGE_SIZE);
+            }
+            argument.start = argument.walk_end;
+        }
+        Ok(runs)
+    }
+
+    /// The same for kernels before 6.7, from the entries of `pagemap`.
+    fn read_pagemap(&self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+        use std::os::unix::fs::FileExt;
+        let pagemap = self.pagemap.as_ref().expect("opened by the caller");
+        let mut runs = Vec::new();
+        let mut buffer = vec![0; 128 * 1024];
+        let mut at = start;
+        while at < end {
+            let entries = ((end - at) / PAGE_SIZE).min(buffer.len() as u64 / 8) as usize;
+            let bytes = &mut buffer[..entries * 8];
+            pagemap.read_exact_at(bytes, at / PAGE_SIZE * 8).map_err(|source| self.error("reading pagemap", source))?;
+            for (n, entry) in bytes.chunks_exact(8).enumerate() {
+                // Bits 63 present, 62 swapped, 61 file page or shared anonymous.
+                let entry = u64::from_ne_bytes(entry.try_into().unwrap());
+                if entry >> 62 != 0 && entry & (1 << 61) == 0 {
+                    push(&mut runs, at + n as u64 * PAGE_SIZE, 1);
+                }
+            }
+            at += entries as u64 * PAGE_SIZE;
+        }
+        Ok(runs)
+    }
+
+    pub fn error(&self, operation: &'static str, source: io::Error) -> TargetError {
+        if source.raw_os_error() == Some(libc::ESRCH) {
+            return TargetError::Gone { pid: self.pid };
+        }
+        TargetError::Driver { pid: self.pid, operation, source }
+    }
+}
+
+/// Appends to a list of runs, and joins what touches.
+fn push(runs: &mut Vec<PageRun>, start: u64, pages: u64) {
+    match runs.last_mut() {
+        Some(last) if last.end() == start => last.pages += pages,
+        _ => runs.push(PageRun { start, pages }),
+    }
+}

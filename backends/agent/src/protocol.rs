@@ -1,0 +1,77 @@
+//! What the driver and the agent share: the layout of the region.
+//!
+//! This file is compiled twice, into the driver and into the blob. A region is one memfd, mapped in both:
+//!
+//! ```text
+//! code      read and execute only in the target
+//! control   one page for the whole region
+//! lanes     one for each thread that runs the agent: a head, the calls, the bytes, a stack, the final frame
+//! ```
+
+/// The code's part of the region, in bytes.
+pub const CODE_SIZE: usize = 8192;
+/// Where lanes begin, counted from the control page.
+pub const CONTROL_SIZE: usize = 4096;
+
+/// The first page after the code.
+#[repr(C)]
+pub struct Control {
+    /// Skeletons: 1 once the tree has been released. From then on a lost driver means "go on", not "exit".
+    pub committed: u32,
+}
+
+/// What a call of the agent's own is: a number no system call has.
+pub const CHECKSUM_PAGES: u32 = 0x8000_0000;
+
+/// Set in [`Call::flags`]: go on when it fails.
+pub const MAY_FAIL: u16 = 1;
+
+/// One call, as the agent finds it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Call {
+    pub number: u32,
+    pub flags: u16,
+    /// Bit `n` set: argument `n` is the index of an earlier call, whose result it takes.
+    pub results: u16,
+    pub args: [u64; 6],
+    pub result: i64,
+}
+
+/// How an agent waits for work.
+pub const WAIT_SOCKET: u32 = 0;
+pub const WAIT_FUTEX: u32 = 1;
+
+/// What an agent does when its driver is gone.
+pub const LEAVE_HEAL: u32 = 0;
+pub const LEAVE_SKELETON: u32 = 1;
+
+/// In [`Lane::command`] of a futex lane: return through the frame.
+pub const COMMAND_LEAVE: u32 = u32::MAX;
+
+/// The head of a lane. Addresses are the target's.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Lane {
+    /// Futex lanes: counts batches; the driver raises it and wakes.
+    pub command: u32,
+    /// Futex lanes: the last batch that is done; the agent sets it and wakes.
+    pub done: u32,
+    pub wait: u32,
+    pub leave: u32,
+    /// Socket lanes: the agent's end.
+    pub socket: i32,
+    /// Calls in the batch.
+    pub calls: u32,
+    /// Calls that were run.
+    pub ran: u32,
+    pub _reserved: u32,
+    pub call_array: u64,
+    pub control: u64,
+    /// A `struct ucontext` for `rt_sigreturn`, through which the thread leaves the agent.
+    pub frame: u64,
+    /// Socket lanes of skeletons: the futex lanes of the same process, to release them.
+    pub threads: u64,
+    pub thread_count: u64,
+    pub thread_stride: u64,
+}

@@ -1,0 +1,314 @@
+//! The freeze: every thread of every process of the tree in a ptrace stop (`PTRACE_SEIZE`, `PTRACE_INTERRUPT`).
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use ckpt_agent::process::Process;
+use ckpt_core::backend::{DumpOptions, FrozenProcess};
+use ckpt_core::error::{DumpError, Refusal};
+use ckpt_core::image::{Task, Zombie};
+use ckpt_core::procfs::{ProcDir, Stat};
+use ckpt_core::{Pid, TargetError};
+
+use crate::sys::{self, Stop};
+use crate::tracee::{TraceError, Tracee, wait};
+
+/// A stopped process.
+pub struct StoppedProcess {
+    pub frozen: FrozenProcess,
+    pub process: Process,
+    pub tracees: Vec<Tracee>,
+}
+
+/// A stopped tree. Dropped, it goes on.
+#[derive(Default)]
+pub struct StoppedTree {
+    pub processes: Vec<StoppedProcess>,
+    pub zombies: Vec<Zombie>,
+}
+
+impl Drop for StoppedTree {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            for tracee in &mut process.tracees {
+                // A thread that ended meanwhile has nothing to put back.
+                let _ = tracee.put_back(&process.process);
+            }
+        }
+        for process in &self.processes {
+            for tracee in &process.tracees {
+                let _ = sys::detach(tracee.tid, 0);
+            }
+        }
+    }
+}
+
+/// `PF_KTHREAD` of the kernel.
+const PF_KTHREAD: u64 = 0x0020_0000;
+
+/// Refuses what is never dumped, before anything is touched.
+pub fn validate(root: Pid) -> Result<(), DumpError> {
+    let refuse =
+        |why: &str, help: &str| Err(DumpError::NotDumpable { pid: root, why: why.to_string(), help: help.to_string() });
+    if root.0 < 1 {
+        return Err(DumpError::NoSuchProcess(root));
+    }
+    let proc = ProcDir::open(root).map_err(|error| gone(root, error))?;
+    let stat = proc.stat_line().map_err(|error| gone(root, error))?;
+    if root.0 == 1 {
+        return refuse("it is the init process", "dump the process that you mean, by its own pid");
+    }
+    if stat.flags & PF_KTHREAD != 0 {
+        return refuse("it is a kernel thread", "only programs can be dumped");
+    }
+    if stat.state == 'Z' {
+        return refuse("it is a zombie: it has ended already", "its parent has to wait for it");
+    }
+    let status = proc.status().map_err(|error| gone(root, error))?;
+    if status.field("Tgid").and_then(|tgid| tgid.parse().ok()) != Some(root.0) {
+        return refuse("it is a thread", &format!("dump its process, {}", status.field("Tgid").unwrap_or("?")));
+    }
+    let mut ancestor = Pid(std::process::id() as i32);
+    while ancestor.0 > 0 {
+        if ancestor == root {
+            return refuse(
+                "it is ckpt itself or one of the processes that ckpt runs under",
+                "run ckpt from outside of the tree that is to be dumped",
+            );
+        }
+        ancestor = match ProcDir::open(ancestor).and_then(|proc| proc.stat_line()) {
+            Ok(stat) => stat.ppid,
+            Err(_) => break,
+        };
+    }
+    refuse_traced(root, &proc)
+}
+
+fn refuse_traced(pid: Pid, proc: &ProcDir) -> Result<(), DumpError> {
+    let status = proc.status().map_err(|error| gone(pid, error))?;
+    match status.field("TracerPid").and_then(|tracer| tracer.parse::<i32>().ok()) {
+        None | Some(0) => Ok(()),
+        Some(tracer) => {
+            let name = std::fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+            Err(DumpError::NotDumpable {
+                pid,
+                why: format!("it is being traced by process {tracer} ({})", name.trim_end()),
+                help: "end the debugger, or have it detach".to_string(),
+            })
+        }
+    }
+}
+
+fn gone(pid: Pid, error: io::Error) -> DumpError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => DumpError::NoSuchProcess(pid),
+        _ => DumpError::Io { what: format!("/proc/{pid}"), source: error },
+    }
+}
+
+/// Stops the whole tree under `root`.
+pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError> {
+    validate(root)?;
+    let deadline = Instant::now() + options.timeout;
+    let mut tree = StoppedTree::default();
+    let mut next = vec![root];
+    // Parents are stopped before their children are looked for, so that no child can appear behind us.
+    while let Some(pid) = next.pop() {
+        let process = match Process::open(pid) {
+            Ok(process) => process,
+            // A child that ended, and that its parent or init has waited for already.
+            Err(_) if pid != root => continue,
+            Err(error) => return Err(gone(pid, error)),
+        };
+        let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
+        if stat.state == 'Z' && stat.num_threads <= 1 {
+            tree.zombies.push(Zombie { task: task(pid, &stat), status: stat.exit_code });
+            continue;
+        }
+        refuse_traced(pid, &process.proc)?;
+        // In the tree before its threads are stopped, so that a failure lets go of those that are.
+        let frozen = FrozenProcess { task: task(pid, &stat), stopped: false };
+        tree.processes.push(StoppedProcess { frozen, process, tracees: Vec::new() });
+        let stopped = tree.processes.last_mut().expect("just pushed");
+        stop_threads(stopped, deadline, options.timeout)?;
+        let stat = stopped.process.proc.stat_line().map_err(|error| gone(pid, error))?;
+        stopped.frozen.task = task(pid, &stat);
+        let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
+        children.reverse();
+        next.extend(children);
+    }
+    Ok(tree)
+}
+
+fn task(pid: Pid, stat: &Stat) -> Task {
+    Task {
+        pid,
+        ppid: stat.ppid,
+        pgid: stat.pgrp,
+        sid: stat.session,
+        exit_signal: stat.exit_signal,
+        comm: stat.comm.clone(),
+    }
+}
+
+/// Seizes and stops all threads of a process, until no new one appears.
+fn stop_threads(stopped: &mut StoppedProcess, deadline: Instant, timeout: Duration) -> Result<(), DumpError> {
+    let pid = stopped.frozen.task.pid;
+    loop {
+        let tids = stopped.process.proc.numbers("task").map_err(|error| gone(pid, error))?;
+        let mut seized = Vec::new();
+        for tid in tids.into_iter().map(Pid) {
+            if stopped.tracees.iter().any(|tracee| tracee.tid == tid) {
+                continue;
+            }
+            match sys::seize(tid) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                    detach_all(&seized);
+                    if is_dead(stopped, tid) {
+                        return Err(unsupported_leader(pid));
+                    }
+                    return Err(DumpError::NotPermitted {
+                        pid,
+                        needs: "it needs CAP_SYS_PTRACE (run ckpt as root)".to_string(),
+                    });
+                }
+                Err(source) => {
+                    detach_all(&seized);
+                    return Err(DumpError::Io { what: format!("PTRACE_SEIZE of process {pid}, thread {tid}"), source });
+                }
+            }
+            seized.push(tid);
+            if let Err(error) = sys::interrupt(tid)
+                && error.raw_os_error() != Some(libc::ESRCH)
+            {
+                detach_all(&seized);
+                return Err(DumpError::Io { what: format!("PTRACE_INTERRUPT of thread {tid}"), source: error });
+            }
+        }
+        if seized.is_empty() {
+            break;
+        }
+        for (index, &tid) in seized.iter().enumerate() {
+            match settle(stopped, tid, deadline, timeout) {
+                Ok(()) => {}
+                Err(error) => {
+                    detach_all(&seized[index..]);
+                    return Err(error);
+                }
+            }
+        }
+    }
+    if stopped.tracees.is_empty() {
+        return Err(DumpError::Changed { pid, what: "ended".to_string() });
+    }
+    // The main thread first, whatever the order in /proc.
+    stopped.tracees.sort_by_key(|tracee| (tracee.tid != pid, tracee.tid));
+    if stopped.tracees[0].tid != pid {
+        return Err(unsupported_leader(pid));
+    }
+    Ok(())
+}
+
+fn unsupported_leader(pid: Pid) -> DumpError {
+    DumpError::Unsupported(vec![Refusal {
+        resource: "tasks",
+        pid: Some(pid),
+        subject: String::new(),
+        why: "its main thread has exited while others go on, which is not supported".to_string(),
+        help: "have the program keep its main thread".to_string(),
+    }])
+}
+
+fn is_dead(stopped: &StoppedProcess, tid: Pid) -> bool {
+    let stat = stopped.process.proc.thread(tid).and_then(|thread| thread.stat_line());
+    stat.is_ok_and(|stat| matches!(stat.state, 'Z' | 'X'))
+}
+
+fn detach_all(tids: &[Pid]) {
+    for &tid in tids {
+        // Not stopped yet, it cannot be detached: it has to come to its stop first. Where it does not come, the kernel lets
+        // go of it when we exit.
+        let _ = wait(tid, Duration::from_millis(200));
+        let _ = sys::detach(tid, 0);
+    }
+}
+
+/// Waits until a seized thread is in its stop with no signal about to be delivered, and takes it over.
+fn settle(stopped: &mut StoppedProcess, tid: Pid, deadline: Instant, timeout: Duration) -> Result<(), DumpError> {
+    let pid = stopped.frozen.task.pid;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        match wait(tid, left) {
+            Ok(Stop::Interrupted) => {}
+            Ok(Stop::Group(_)) => stopped.frozen.stopped = true,
+            Ok(Stop::Signal(signal)) => {
+                // It was on its way: the handler's frame is set up, and the stop comes right after.
+                sys::resume(tid, signal).map_err(|source| changed(pid, source))?;
+                continue;
+            }
+            Ok(Stop::Call) => {
+                sys::resume(tid, 0).map_err(|source| changed(pid, source))?;
+                continue;
+            }
+            Ok(Stop::Ended(_)) | Err(TraceError::Ended(_)) => return Ok(()),
+            Err(TraceError::TimedOut(_)) => {
+                let state = stopped.process.proc.thread(tid).and_then(|thread| thread.stat_line());
+                let state = state.map_or('?', |stat| stat.state);
+                return Err(DumpError::FreezeTimedOut { pid, seconds: timeout.as_secs(), state });
+            }
+            Err(error) => return Err(dump_error(pid, error)),
+        }
+        // A signal that is pending and not blocked belongs to the call that is being interrupted: it is delivered first.
+        let thread_pending = sys::pending(tid, false).map_err(|source| changed(pid, source))?;
+        let shared_pending = sys::pending(tid, true).map_err(|source| changed(pid, source))?;
+        let deliverable = !(thread_pending.is_empty() && shared_pending.is_empty()) && {
+            let status = stopped.process.proc.thread(tid).and_then(|thread| thread.status());
+            let blocked = status.ok().and_then(|status| status.mask("SigBlk")).unwrap_or(u64::MAX);
+            let signal = |info: &ckpt_core::SigInfo| i32::from_ne_bytes(info[..4].try_into().unwrap());
+            thread_pending.iter().chain(&shared_pending).any(|info| blocked >> (signal(info) - 1) & 1 == 0)
+        };
+        if deliverable && !stopped.frozen.stopped {
+            sys::interrupt(tid).and_then(|()| sys::resume(tid, 0)).map_err(|source| changed(pid, source))?;
+            continue;
+        }
+        let tracee = Tracee::new(tid, &stopped.process).map_err(|error| dump_error(pid, error))?;
+        stopped.tracees.push(tracee);
+        return Ok(());
+    }
+}
+
+fn changed(pid: Pid, source: io::Error) -> DumpError {
+    match source.raw_os_error() {
+        Some(libc::ESRCH) => DumpError::Changed { pid, what: "ended".to_string() },
+        _ => DumpError::Io { what: format!("ptrace of process {pid}"), source },
+    }
+}
+
+/// A failure with a tracee, in the words of a dump.
+pub fn dump_error(pid: Pid, error: TraceError) -> DumpError {
+    let refuse = |why: String, help: &str| {
+        DumpError::Unsupported(vec![Refusal {
+            resource: "registers",
+            pid: Some(pid),
+            subject: String::new(),
+            why,
+            help: help.to_string(),
+        }])
+    };
+    match error {
+        TraceError::Io(source) if source.kind() == io::ErrorKind::Unsupported => {
+            refuse(source.to_string(), "it cannot be dumped by this backend")
+        }
+        TraceError::Io(source) => changed(pid, source),
+        TraceError::Target(source) => DumpError::Target { resource: "registers", pid, source },
+        TraceError::Ended(_) => DumpError::Changed { pid, what: "ended".to_string() },
+        TraceError::TimedOut(tid) => {
+            DumpError::Target { resource: "registers", pid, source: TargetError::TimedOut { pid: tid, seconds: 10 } }
+        }
+        other @ (TraceError::NoStack(_) | TraceError::UnknownRestart(_)) => {
+            refuse(other.to_string(), "try again a moment later")
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! A frozen tree: an agent in each process, and letting go.
+
+use std::any::Any;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ckpt_agent::process::Process;
+use ckpt_agent::protocol::CODE_SIZE;
+use ckpt_agent::{Channel, LaneKind, Region, Wait};
+use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
+use ckpt_core::batch::{Batch, Operation, Replies};
+use ckpt_core::error::DumpError;
+use ckpt_core::image::Zombie;
+use ckpt_core::procfs::{Mapping, ProcDir};
+use ckpt_core::{Context, Footprint, Kcmp, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::entrance::{self, Entrance, Search};
+use crate::freeze::{self, StoppedProcess};
+use crate::sys;
+use crate::tracee::{TraceError, Tracee};
+
+/// A frozen process with an agent in it.
+pub struct FrozenTarget {
+    process: Process,
+    tids: Vec<Pid>,
+    tracees: Vec<Tracee>,
+    entrance: Entrance,
+    /// Index of the thread that the agent runs in.
+    host: usize,
+    channel: Channel,
+    region: (u64, u64),
+}
+
+/// Freezes the tree under `root`, and gets into each process.
+pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError> {
+    let mut stopped = freeze::freeze(root, options)?;
+    let mut search = Search::default();
+    let mut tree =
+        FrozenTree { processes: Vec::new(), zombies: std::mem::take(&mut stopped.zombies), targets: Vec::new() };
+    // What is not in `targets` yet is let go of by `stopped`, and the rest by `tree`.
+    stopped.processes.reverse();
+    while let Some(process) = stopped.processes.last_mut() {
+        let pid = process.frozen.task.pid;
+        let footing = enter(process, &mut search).map_err(|error| freeze::dump_error(pid, error))?;
+        let StoppedProcess { frozen, process, tracees } = stopped.processes.pop().expect("there is a last one");
+        tree.processes.push(frozen);
+        tree.targets.push(Box::new(FrozenTarget {
+            process,
+            tids: tracees.iter().map(|tracee| tracee.tid).collect(),
+            tracees,
+            entrance: footing.entrance,
+            host: footing.host,
+            channel: footing.channel,
+            region: footing.region,
+        }));
+    }
+    Ok(Box::new(tree))
+}
+
+struct Footing {
+    entrance: Entrance,
+    host: usize,
+    channel: Channel,
+    region: (u64, u64),
+}
+
+/// Maps the agent into a process and starts it on one of its threads.
+fn enter(stopped: &mut StoppedProcess, search: &mut Search) -> Result<Footing, TraceError> {
+    let process = &stopped.process;
+    let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
+    let entrance = search.entrance(process, &mappings)?;
+    let size = Region::size_for([LaneKind::Main]);
+    let base = free_range(&mappings, size as u64);
+    let result = enter_on_some_thread(stopped, &entrance, base, size);
+    if result.is_err() {
+        entrance::remove_stub(&stopped.process, &entrance);
+    }
+    let (host, channel) = result?;
+    Ok(Footing { entrance, host, channel, region: (base, size as u64) })
+}
+
+fn enter_on_some_thread(
+    stopped: &mut StoppedProcess,
+    entrance: &Entrance,
+    base: u64,
+    size: usize,
+) -> Result<(usize, Channel), TraceError> {
+    let mut result = Err(TraceError::NoStack(stopped.frozen.task.pid));
+    for host in 0..stopped.tracees.len() {
+        result = enter_on(&stopped.process, &mut stopped.tracees[host], entrance, base, size);
+        match result {
+            // Another thread may have the room.
+            Err(TraceError::NoStack(_)) => {}
+            _ => return result.map(|channel| (host, channel)),
+        }
+    }
+    result.map(|channel| (0, channel))
+}
+
+/// A result of an injected call, or what it failed with.
+fn succeed(result: i64) -> Result<u64, TraceError> {
+    ckpt_core::batch::decode(result).map_err(|errno| TraceError::Io(errno.into()))
+}
+
+fn enter_on(
+    process: &Process,
+    tracee: &mut Tracee,
+    entrance: &Entrance,
+    base: u64,
+    size: usize,
+) -> Result<Channel, TraceError> {
+    const NAME: u64 = u64::from_le_bytes(*b"ckpt\0\0\0\0");
+    let call = |tracee: &mut Tracee, number, args| succeed(tracee.inject(process, entrance, number, args)?);
+    // The first call lays the way back down; its own argument can then lie below that.
+    call(tracee, libc::SYS_getpid, [0; 6])?;
+    let scratch = tracee.scratch();
+    process.force_write(RemotePtr(scratch), &NAME.to_le_bytes())?;
+    let memfd = call(tracee, libc::SYS_memfd_create, [scratch, libc::MFD_CLOEXEC as u64, 0, 0, 0, 0])?;
+    let adopted = process.fd(RemoteFd(memfd as i32)).map_err(TraceError::Target);
+    let region = adopted.and_then(|memfd| Ok(Arc::new(Region::adopt(memfd, size)?)));
+    let map = |at: u64, len: u64, protection: i32| {
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+        [base + at, len, protection as u64, flags as u64, memfd, at]
+    };
+    let code = CODE_SIZE as u64;
+    let mut mapped = region.and_then(|region| {
+        call(tracee, libc::SYS_mmap, map(0, code, libc::PROT_READ | libc::PROT_EXEC))?;
+        Ok(region)
+    });
+    if mapped.is_ok() {
+        // From here on a lost driver takes the mapping along.
+        tracee.undo_with_munmap(process, entrance, base, size as u64)?;
+        let rest = map(code, size as u64 - code, libc::PROT_READ | libc::PROT_WRITE);
+        if let Err(error) = call(tracee, libc::SYS_mmap, rest) {
+            mapped = Err(error);
+        }
+    }
+    call(tracee, libc::SYS_close, [memfd, 0, 0, 0, 0, 0])?;
+    let region = mapped?;
+    let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
+    let scratch = tracee.scratch();
+    let pair = call(tracee, libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch, 0, 0]);
+    let connected = pair.and_then(|_| {
+        let mut pair = [0; 8];
+        process.read(RemotePtr(scratch), &mut pair)?;
+        let theirs = i32::from_ne_bytes(pair[..4].try_into().unwrap());
+        let ours = i32::from_ne_bytes(pair[4..].try_into().unwrap());
+        let fetched = process.fd(RemoteFd(ours));
+        call(tracee, libc::SYS_close, [ours as u64, 0, 0, 0, 0, 0])?;
+        Ok((fetched?, RemoteFd(theirs)))
+    });
+    let (ours, theirs) = match connected {
+        Ok(pair) => pair,
+        Err(error) => {
+            tracee.undo_nothing();
+            let _ = call(tracee, libc::SYS_munmap, [base, size as u64, 0, 0, 0, 0]);
+            return Err(error);
+        }
+    };
+    let pid = process.proc.pid();
+    let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Socket { ours, theirs });
+    let frame = tracee.undo_with_munmap(process, entrance, base, size as u64)?;
+    channel.set_healing(frame);
+    tracee.enter_agent(channel.entry(), channel.address())?;
+    Ok(channel)
+}
+
+/// A range that no mapping has, with a good distance to its neighbours.
+fn free_range(mappings: &[Mapping], size: u64) -> u64 {
+    const DISTANCE: u64 = 16 << 20;
+    let mut low: u64 = 0x2000_0000_0000;
+    for mapping in mappings {
+        if mapping.end + DISTANCE <= low {
+            continue;
+        }
+        if mapping.start >= low + size + DISTANCE {
+            break;
+        }
+        low = (mapping.end + DISTANCE).next_multiple_of(1 << 21);
+    }
+    low
+}
+
+impl FrozenTarget {
+    fn driver_error(&self, operation: &'static str, error: TraceError) -> TargetError {
+        match error {
+            TraceError::Target(error) => error,
+            TraceError::Ended(pid) => TargetError::Gone { pid },
+            TraceError::TimedOut(pid) => TargetError::TimedOut { pid, seconds: 10 },
+            TraceError::Io(source) => self.process.error(operation, source),
+            other => self.process.error(operation, std::io::Error::other(other.to_string())),
+        }
+    }
+
+    /// Takes the agent out and puts all threads back as the freeze found them, still stopped.
+    fn put_back(&mut self) -> Result<(), TraceError> {
+        let tracee = &mut self.tracees[self.host];
+        if tracee.is_agent() {
+            tracee.leave_agent()?;
+            tracee.undo_nothing();
+            let (base, size) = self.region;
+            tracee.inject(&self.process, &self.entrance, libc::SYS_munmap, [base, size, 0, 0, 0, 0])?;
+            if let Some(socket) = self.channel.their_socket() {
+                tracee.inject(&self.process, &self.entrance, libc::SYS_close, [socket.0 as u64, 0, 0, 0, 0, 0])?;
+            }
+        }
+        for tracee in &mut self.tracees {
+            tracee.put_back(&self.process)?;
+        }
+        entrance::remove_stub(&self.process, &self.entrance);
+        Ok(())
+    }
+}
+
+impl Target for FrozenTarget {
+    fn pid(&self) -> Pid {
+        self.tids[0]
+    }
+
+    fn threads(&self) -> &[Pid] {
+        &self.tids
+    }
+
+    fn proc(&self) -> &ProcDir {
+        &self.process.proc
+    }
+
+    fn run(&mut self, batch: &Batch) -> Result<Replies, TargetError> {
+        let tracee = &self.tracees[self.host];
+        let (pid, tid) = (self.tids[0], tracee.tid);
+        self.channel.run(batch, &mut || match tracee.keep_running() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(TargetError::Gone { pid }),
+            // Another thread of ours drives this target: ptrace answers only the one that attached.
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(()),
+            Err(source) => Err(TargetError::Driver { pid: tid, operation: "waitpid", source }),
+        })
+    }
+
+    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
+        if thread == self.host {
+            return self.run(batch);
+        }
+        let mut calls = self.channel.place(batch);
+        let tracee = &mut self.tracees[thread];
+        let ran = tracee.inject_all(&self.process, &self.entrance, &mut calls);
+        let ran = ran.map_err(|error| self.driver_error("an injected call", error))?;
+        let results: Vec<i64> = calls[..ran].iter().map(|call| call.result).collect();
+        if let (Some(&last), Operation::System(call)) = (results.last(), batch.calls()[ran.max(1) - 1].operation)
+            && let Err(errno) = ckpt_core::batch::decode(last)
+            && !batch.calls()[ran - 1].may_fail
+        {
+            return Err(TargetError::Call { pid: self.tids[thread], call, index: ran - 1, errno });
+        }
+        Ok(Replies::new(results, self.channel.placed_bytes(batch)))
+    }
+
+    fn read(&mut self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError> {
+        self.process.read(from, buffer)
+    }
+
+    fn write(&mut self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
+        self.process.write(to, bytes)
+    }
+
+    fn fds_out(&mut self, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError> {
+        fds.iter().map(|&fd| self.process.fd(fd)).collect()
+    }
+
+    fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
+        self.channel.fds_in(fds, 0, &mut || Ok(()))
+    }
+
+    fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError> {
+        self.process.compare(kind, mine, other, theirs)
+    }
+
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+        self.process.private_pages(start, end)
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint {
+            mappings: vec![self.region.0..self.region.0 + self.region.1],
+            fds: self.channel.their_socket().into_iter().collect(),
+            spare_fds: 0,
+        }
+    }
+
+    fn context(&mut self, thread: usize) -> Result<Context, TargetError> {
+        Ok(self.tracees[thread].context())
+    }
+
+    fn pending(&mut self, queue: Queue) -> Result<Vec<SigInfo>, TargetError> {
+        let (thread, shared) = match queue {
+            Queue::Shared => (self.host, true),
+            Queue::Thread(thread) => (thread, false),
+        };
+        self.tracees[thread].pending(shared).map_err(|error| self.driver_error("PTRACE_PEEKSIGINFO", error))
+    }
+
+    fn set_context(&mut self, _thread: usize, _context: &Context) -> Result<(), TargetError> {
+        Err(self.process.error("setting registers of a frozen process", std::io::ErrorKind::Unsupported.into()))
+    }
+}
+
+/// A frozen tree. Dropped, it goes on.
+pub struct FrozenTree {
+    processes: Vec<FrozenProcess>,
+    zombies: Vec<Zombie>,
+    targets: Vec<Box<dyn Target>>,
+}
+
+impl FrozenTree {
+    fn each(&mut self) -> impl Iterator<Item = &mut FrozenTarget> {
+        self.targets.iter_mut().map(|target| {
+            let target: &mut dyn Any = &mut **target;
+            target.downcast_mut::<FrozenTarget>().expect("a tree holds its own targets")
+        })
+    }
+
+    /// Puts all processes back, sends each a signal if there is one, and lets all go.
+    fn let_go(&mut self, signal: Option<i32>) -> Result<(), DumpError> {
+        let mut first_error = None;
+        for target in self.each() {
+            if let Err(error) = target.put_back() {
+                first_error.get_or_insert(freeze::dump_error(target.pid(), error));
+            }
+        }
+        for target in self.each() {
+            if let Some(signal) = signal {
+                let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), signal);
+            }
+            for tracee in &target.tracees {
+                let _ = sys::detach(tracee.tid, 0);
+            }
+        }
+        self.targets.clear();
+        first_error.map_or(Ok(()), Err)
+    }
+}
+
+impl Drop for FrozenTree {
+    fn drop(&mut self) {
+        let _ = self.let_go(None);
+    }
+}
+
+impl Frozen for FrozenTree {
+    fn processes(&self) -> &[FrozenProcess] {
+        &self.processes
+    }
+
+    fn zombies(&self) -> &[Zombie] {
+        &self.zombies
+    }
+
+    fn targets(&mut self) -> &mut [Box<dyn Target>] {
+        &mut self.targets
+    }
+
+    fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {
+        self.let_go(None)
+    }
+
+    fn stop(mut self: Box<Self>) -> Result<(), DumpError> {
+        self.let_go(Some(libc::SIGSTOP))
+    }
+
+    fn kill(mut self: Box<Self>) -> Result<(), DumpError> {
+        for target in self.each() {
+            let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), libc::SIGKILL);
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for target in self.each() {
+            // We are told first, and only then the parent.
+            for tracee in target.tracees.iter().rev() {
+                while !matches!(sys::wait(tracee.tid, true), Ok(Some(sys::Stop::Ended(_))) | Err(_)) {}
+            }
+            let mut ended = [PollFd::new(target.process.pidfd().as_fd(), PollFlags::POLLIN)];
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
+            let _ = poll(&mut ended, PollTimeout::from(left));
+        }
+        self.targets.clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,186 @@
+//! ptrace(2), waitpid(2) and the few other raw calls of this backend.
+//!
+//! # Safety
+//! Requests pass addresses of live local buffers with their true sizes. Nothing here touches memory of ours on behalf of
+//! a tracee.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
+
+const NT_PRSTATUS: usize = 1;
+const NT_X86_XSTATE: usize = 0x202;
+
+const PTRACE_SEIZE: u32 = 0x4206;
+const PTRACE_INTERRUPT: u32 = 0x4207;
+const PTRACE_PEEKSIGINFO: u32 = 0x4209;
+const PTRACE_GETSIGMASK: u32 = 0x420a;
+const PTRACE_SETSIGMASK: u32 = 0x420b;
+const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+const PTRACE_PEEKSIGINFO_SHARED: u32 = 1;
+
+/// The event of a stop by `PTRACE_INTERRUPT` or a group stop.
+pub const PTRACE_EVENT_STOP: i32 = 128;
+
+/// Marks system-call stops, to tell them from SIGTRAP.
+const PTRACE_O_TRACESYSGOOD: usize = 1;
+
+fn ptrace(request: u32, pid: Pid, address: usize, data: usize) -> io::Result<i64> {
+    // SAFETY: callers pass addresses of live buffers of theirs; the request and sizes say how much is used.
+    let result = unsafe { libc::ptrace(request, pid.0, address, data) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+pub fn seize(tid: Pid) -> io::Result<()> {
+    ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD).map(drop)
+}
+
+pub fn interrupt(tid: Pid) -> io::Result<()> {
+    ptrace(PTRACE_INTERRUPT, tid, 0, 0).map(drop)
+}
+
+/// Lets a stopped thread run, with a signal to deliver or 0.
+pub fn resume(tid: Pid, signal: i32) -> io::Result<()> {
+    ptrace(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
+}
+
+/// Lets it run to the next entry to or exit from a system call.
+pub fn resume_to_call(tid: Pid) -> io::Result<()> {
+    ptrace(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
+}
+
+pub fn detach(tid: Pid, signal: i32) -> io::Result<()> {
+    ptrace(libc::PTRACE_DETACH, tid, 0, signal as usize).map(drop)
+}
+
+pub fn general(tid: Pid) -> io::Result<General> {
+    let mut general = General::default();
+    let mut vector = libc::iovec { iov_base: (&raw mut general).cast(), iov_len: size_of::<General>() };
+    ptrace(libc::PTRACE_GETREGSET, tid, NT_PRSTATUS, &raw mut vector as usize)?;
+    if vector.iov_len != size_of::<General>() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "a 32-bit program"));
+    }
+    Ok(general)
+}
+
+pub fn set_general(tid: Pid, general: &General) -> io::Result<()> {
+    let mut general = *general;
+    let mut vector = libc::iovec { iov_base: (&raw mut general).cast(), iov_len: size_of::<General>() };
+    ptrace(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, &raw mut vector as usize).map(drop)
+}
+
+/// The uncompacted xsave area.
+pub fn xsave(tid: Pid) -> io::Result<Vec<u8>> {
+    let mut area = vec![0u8; 16 * 1024];
+    let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
+    ptrace(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, &raw mut vector as usize)?;
+    area.truncate(vector.iov_len);
+    Ok(area)
+}
+
+pub fn set_xsave(tid: Pid, area: &[u8]) -> io::Result<()> {
+    let mut area = area.to_vec();
+    let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
+    ptrace(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, &raw mut vector as usize).map(drop)
+}
+
+pub fn blocked(tid: Pid) -> io::Result<u64> {
+    let mut mask = 0u64;
+    ptrace(PTRACE_GETSIGMASK, tid, 8, &raw mut mask as usize)?;
+    Ok(mask)
+}
+
+pub fn set_blocked(tid: Pid, mask: u64) -> io::Result<()> {
+    let mut mask = mask;
+    ptrace(PTRACE_SETSIGMASK, tid, 8, &raw mut mask as usize).map(drop)
+}
+
+/// `struct ptrace_rseq_configuration`, kernel 5.13.
+pub fn rseq(tid: Pid) -> io::Result<Option<Rseq>> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Configuration {
+        address: u64,
+        size: u32,
+        signature: u32,
+        flags: u32,
+        pad: u32,
+    }
+    let mut found = Configuration::default();
+    ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, size_of::<Configuration>(), &raw mut found as usize)?;
+    Ok((found.address != 0).then_some(Rseq {
+        address: RemotePtr(found.address),
+        size: found.size,
+        signature: found.signature,
+        flags: found.flags,
+    }))
+}
+
+/// The signals pending in one queue, left there.
+pub fn pending(tid: Pid, shared: bool) -> io::Result<Vec<SigInfo>> {
+    #[repr(C)]
+    struct Argument {
+        offset: u64,
+        flags: u32,
+        count: i32,
+    }
+    const AT_ONCE: usize = 32;
+    let mut all = Vec::new();
+    loop {
+        let flags = if shared { PTRACE_PEEKSIGINFO_SHARED } else { 0 };
+        let mut argument = Argument { offset: all.len() as u64, flags, count: AT_ONCE as i32 };
+        let mut some = [[0u8; 128]; AT_ONCE];
+        let got = ptrace(PTRACE_PEEKSIGINFO, tid, &raw mut argument as usize, some.as_mut_ptr() as usize)? as usize;
+        all.extend_from_slice(&some[..got]);
+        if got < AT_ONCE {
+            return Ok(all);
+        }
+    }
+}
+
+/// What `waitpid` tells of a tracee.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// By `PTRACE_INTERRUPT`.
+    Interrupted,
+    /// A group stop, by this signal.
+    Group(i32),
+    /// About to be given this signal.
+    Signal(i32),
+    /// Entry to or exit from a system call.
+    Call,
+    /// It has ended, with this status.
+    Ended(i32),
+}
+
+/// `waitpid(tid, __WALL)`: `None` if there is nothing yet.
+pub fn wait(tid: Pid, block: bool) -> io::Result<Option<Stop>> {
+    let mut status = 0;
+    let flags = libc::__WALL | if block { 0 } else { libc::WNOHANG };
+    // SAFETY: `status` lives for the call.
+    let pid = unsafe { libc::waitpid(tid.0, &mut status, flags) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if pid == 0 {
+        return Ok(None);
+    }
+    if !libc::WIFSTOPPED(status) {
+        return Ok(Some(Stop::Ended(status)));
+    }
+    let signal = libc::WSTOPSIG(status);
+    Ok(Some(match status >> 16 {
+        PTRACE_EVENT_STOP if signal == libc::SIGTRAP => Stop::Interrupted,
+        PTRACE_EVENT_STOP => Stop::Group(signal),
+        _ if signal == libc::SIGTRAP | 0x80 => Stop::Call,
+        _ => Stop::Signal(signal),
+    }))
+}
+
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let result =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<u8>(), 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,430 @@
+//! One stopped thread of a target: what it was doing, and system calls made in its name.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use ckpt_agent::frame;
+use ckpt_agent::process::Process;
+use ckpt_agent::protocol::{Call, MAY_FAIL};
+use ckpt_core::procfs::Mapping;
+use ckpt_core::{Context, General, Pid, Registers, RemotePtr, Rseq, SigInfo};
+
+use crate::entrance::Entrance;
+use crate::restart::{self, Interrupted};
+use crate::sys::{self, Stop};
+
+/// A thread in a ptrace stop.
+#[derive(Debug)]
+pub struct Tracee {
+    pub tid: Pid,
+    /// As the freeze found it.
+    original: General,
+    blocked: u64,
+    xsave: Vec<u8>,
+    rseq: Option<Rseq>,
+    /// Where it will go on, however it is let go.
+    ready: General,
+    position: Position,
+    foothold: Option<Foothold>,
+}
+
+/// Where a tracee stands now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Position {
+    /// In the stop of the freeze, with its registers untouched.
+    Frozen,
+    /// At the end of a system call that was injected.
+    Injected,
+    /// Running the agent.
+    Agent,
+}
+
+/// What was written below the stack of a tracee, so that it finds its way back without us.
+#[derive(Debug)]
+struct Foothold {
+    /// Lowest address of what was overwritten, and what was there.
+    low: u64,
+    saved: Vec<u8>,
+    /// The address of the restorer, followed by `undo` frames, and last the frame with the thread's registers.
+    slot: u64,
+    last_slot: u64,
+}
+
+/// The part of the stack below the stack pointer that belongs to the program (x86-64 psABI).
+const RED_ZONE: u64 = 128;
+/// Below the frames, for the agent's own frames.
+const AGENT_STACK: u64 = 4096;
+/// Bytes for arguments of injected calls.
+const SCRATCH: u64 = 64;
+/// A frame without vector state.
+const UNDO_FRAME: u64 = 384;
+
+/// `-ENOSYS` and the like as the kernel returns them.
+type RawResult = i64;
+
+impl Tracee {
+    /// Takes over a thread that is in an interrupt or group stop.
+    pub fn new(tid: Pid, process: &Process) -> Result<Tracee, TraceError> {
+        let original = sys::general(tid)?;
+        let rseq = sys::rseq(tid)?;
+        let read = |at: u64, code: &mut [u8]| process.read(RemotePtr(at), code).is_ok();
+        let ready = restart::wind_back(&original, read).map_err(TraceError::UnknownRestart)?;
+        let mut tracee = Tracee {
+            tid,
+            original,
+            blocked: sys::blocked(tid)?,
+            xsave: sys::xsave(tid)?,
+            rseq,
+            ready,
+            position: Position::Frozen,
+            foothold: None,
+        };
+        tracee.leave_critical_section(process);
+        Ok(tracee)
+    }
+
+    /// A restartable sequence (rseq(2)) that was interrupted ends at its abort handler, as the kernel would have it: it
+    /// cannot see the program's instruction pointer once we have moved it.
+    fn leave_critical_section(&mut self, process: &Process) {
+        let Some(rseq) = self.rseq else { return };
+        let mut pointer = [0; 8];
+        if process.read(RemotePtr(rseq.address.0 + 8), &mut pointer).is_err() || pointer == [0; 8] {
+            return;
+        }
+        // struct rseq_cs: version, flags, start_ip, post_commit_offset, abort_ip
+        let mut section = [0; 32];
+        if process.read(RemotePtr(u64::from_ne_bytes(pointer)), &mut section).is_err() {
+            return;
+        }
+        let word = |n: usize| u64::from_ne_bytes(section[n * 8..][..8].try_into().unwrap());
+        let (start, length, abort) = (word(1), word(2), word(3));
+        if self.ready.rip.wrapping_sub(start) < length {
+            self.ready.rip = abort;
+            self.original = self.ready;
+            let _ = process.write(RemotePtr(rseq.address.0 + 8), &[0; 8]);
+        }
+    }
+
+    pub fn context(&self) -> Context {
+        Context {
+            registers: Registers { general: self.ready, xsave: self.xsave.clone() },
+            blocked: self.blocked,
+            rseq: self.rseq,
+        }
+    }
+
+    pub fn is_agent(&self) -> bool {
+        self.position == Position::Agent
+    }
+
+    /// The registers it was found with.
+    pub fn original(&self) -> &General {
+        &self.original
+    }
+
+    /// Whether the frames fit below its stack.
+    fn room_below(&self, mappings: &[Mapping]) -> bool {
+        let top = self.ready.rsp;
+        let low = top.saturating_sub(self.foothold_size() + AGENT_STACK);
+        // The first write may still have to grow a stack.
+        mappings.iter().any(|mapping| {
+            mapping.write
+                && mapping.start <= top.saturating_sub(1)
+                && top <= mapping.end
+                && (mapping.start <= low || (mapping.name.as_os_str() == "[stack]" && low + (1 << 20) > mapping.start))
+        })
+    }
+
+    fn foothold_size(&self) -> u64 {
+        RED_ZONE + frame::size(self.xsave.len()) as u64 + 2 * (UNDO_FRAME + 16) + 256
+    }
+
+    /// Writes the way back below the stack. Without room for it, nothing is written.
+    fn establish(&mut self, process: &Process, entrance: &Entrance) -> Result<(), TraceError> {
+        if self.foothold.is_some() {
+            return Ok(());
+        }
+        let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
+        if !self.room_below(&mappings) {
+            return Err(TraceError::NoStack(self.tid));
+        }
+        let registers = Registers { general: self.ready, xsave: self.xsave.clone() };
+        let size = frame::size(self.xsave.len()) as u64;
+        let last_frame = (self.ready.rsp - RED_ZONE - size) & !63;
+        let last_slot = last_frame - 8;
+        let low = last_slot - UNDO_FRAME - 8 - SCRATCH;
+        let mut saved = vec![0; (last_frame + size - low) as usize];
+        // A stack that has yet to grow holds zeros there.
+        let _ = process.read(RemotePtr(low), &mut saved);
+        let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
+        bytes.extend(frame::build(&registers, self.blocked, last_frame));
+        process.force_write(RemotePtr(last_slot), &bytes)?;
+        self.foothold = Some(Foothold { low, saved, slot: last_slot, last_slot });
+        Ok(())
+    }
+
+    /// From now on the way back begins with a `munmap` of this range.
+    pub fn undo_with_munmap(
+        &mut self,
+        process: &Process,
+        entrance: &Entrance,
+        start: u64,
+        size: u64,
+    ) -> Result<u64, TraceError> {
+        let foothold = self.foothold.as_mut().expect("an injection came first");
+        let undo_slot = foothold.low + SCRATCH;
+        let undo_frame = undo_slot + 8;
+        let general = General {
+            rip: entrance.syscall_ret,
+            rsp: foothold.last_slot,
+            rax: libc::SYS_munmap as u64,
+            rdi: start,
+            rsi: size,
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            cs: self.original.cs,
+            ss: self.original.ss,
+            ..General::default()
+        };
+        let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
+        bytes.extend(frame::build_plain(&general, u64::MAX));
+        assert!(bytes.len() as u64 <= UNDO_FRAME + 8);
+        process.force_write(RemotePtr(undo_slot), &bytes)?;
+        foothold.slot = undo_slot;
+        Ok(undo_frame)
+    }
+
+    /// 64 bytes of its memory for arguments, once a call has been injected.
+    pub fn scratch(&self) -> u64 {
+        self.foothold.as_ref().expect("an injection came first").low
+    }
+
+    /// The signals pending for it, or for its whole process.
+    pub fn pending(&self, shared: bool) -> Result<Vec<SigInfo>, TraceError> {
+        if self.position != Position::Agent {
+            return Ok(sys::pending(self.tid, shared)?);
+        }
+        // The agent waits in a `read` of its socket, which the kernel restarts.
+        sys::interrupt(self.tid)?;
+        self.wait_interrupted()?;
+        let pending = sys::pending(self.tid, shared);
+        sys::resume(self.tid, 0)?;
+        Ok(pending?)
+    }
+
+    /// The way back is the plain one again.
+    pub fn undo_nothing(&mut self) {
+        let foothold = self.foothold.as_mut().expect("an injection came first");
+        foothold.slot = foothold.last_slot;
+    }
+
+    /// Makes one system call in its name. Should we be gone in the middle, it makes the call and goes on.
+    pub fn inject(
+        &mut self,
+        process: &Process,
+        entrance: &Entrance,
+        number: libc::c_long,
+        args: [u64; 6],
+    ) -> Result<RawResult, TraceError> {
+        self.establish(process, entrance)?;
+        let foothold = self.foothold.as_ref().expect("just established");
+        let general = General {
+            rip: entrance.syscall_ret,
+            rsp: foothold.slot,
+            rax: number as u64,
+            rdi: args[0],
+            rsi: args[1],
+            rdx: args[2],
+            r10: args[3],
+            r8: args[4],
+            r9: args[5],
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            ..self.original
+        };
+        sys::set_general(self.tid, &general)?;
+        if self.position == Position::Frozen {
+            // Only now: a thread that is let go before this line has its own mask, after it the frame brings it back.
+            self.position = Position::Injected;
+            sys::set_blocked(self.tid, u64::MAX)?;
+        }
+        self.to_call()?;
+        self.to_call()?;
+        Ok(sys::general(self.tid)?.rax as i64)
+    }
+
+    /// Makes the calls of a batch. Results are put into the calls; ends at the first that may not fail.
+    pub fn inject_all(
+        &mut self,
+        process: &Process,
+        entrance: &Entrance,
+        calls: &mut [Call],
+    ) -> Result<usize, TraceError> {
+        for index in 0..calls.len() {
+            let mut args = calls[index].args;
+            for (n, arg) in args.iter_mut().enumerate() {
+                if calls[index].results & (1 << n) != 0 {
+                    *arg = calls[*arg as usize].result as u64;
+                }
+            }
+            let result = self.inject(process, entrance, calls[index].number as libc::c_long, args)?;
+            calls[index].result = result;
+            if (-4095..0).contains(&result) && calls[index].flags & MAY_FAIL == 0 {
+                return Ok(index + 1);
+            }
+        }
+        Ok(calls.len())
+    }
+
+    fn to_call(&self) -> Result<(), TraceError> {
+        sys::resume_to_call(self.tid)?;
+        loop {
+            match wait(self.tid, Duration::from_secs(10))? {
+                Stop::Call => return Ok(()),
+                Stop::Ended(_) => return Err(TraceError::Ended(self.tid)),
+                // A group stop: it takes effect when we let go.
+                _ => sys::resume_to_call(self.tid)?,
+            }
+        }
+    }
+
+    /// Sends it into the agent, with the lane's address in `rdi`.
+    pub fn enter_agent(&mut self, entry: u64, lane: u64) -> Result<(), TraceError> {
+        let slot = self.foothold.as_ref().expect("an injection came first").slot;
+        let general = General {
+            rip: entry,
+            rdi: lane,
+            rsp: slot - 128,
+            rax: 0,
+            orig_rax: u64::MAX,
+            eflags: 0x202,
+            ..self.original
+        };
+        sys::set_general(self.tid, &general)?;
+        sys::resume(self.tid, 0)?;
+        self.position = Position::Agent;
+        Ok(())
+    }
+
+    /// While the agent runs: a stop that was not asked for is left at once. Tells whether the thread is still there.
+    pub fn keep_running(&self) -> io::Result<bool> {
+        match sys::wait(self.tid, false)? {
+            None => Ok(true),
+            Some(Stop::Ended(_)) => Ok(false),
+            Some(Stop::Signal(signal)) => sys::resume(self.tid, signal).map(|()| true),
+            Some(_) => sys::resume(self.tid, 0).map(|()| true),
+        }
+    }
+
+    /// Out of the agent, into a stop where calls can be injected again.
+    pub fn leave_agent(&mut self) -> Result<(), TraceError> {
+        sys::interrupt(self.tid)?;
+        self.wait_interrupted()?;
+        self.position = Position::Injected;
+        Ok(())
+    }
+
+    fn wait_interrupted(&self) -> Result<(), TraceError> {
+        loop {
+            match wait(self.tid, Duration::from_secs(10))? {
+                Stop::Interrupted | Stop::Group(_) => return Ok(()),
+                Stop::Ended(_) => return Err(TraceError::Ended(self.tid)),
+                Stop::Signal(signal) => sys::resume(self.tid, signal)?,
+                Stop::Call => sys::resume(self.tid, 0)?,
+            }
+        }
+    }
+
+    /// Puts everything back as the freeze found it, in a stop like that of the freeze. In each instant of it the thread
+    /// would go on rightly if it were let go.
+    pub fn put_back(&mut self, process: &Process) -> Result<(), TraceError> {
+        if self.position == Position::Frozen {
+            // The kernel restarts what it stopped, but for the calls that gave up.
+            if restart::interrupted(&self.original) == Interrupted::GaveUp {
+                sys::set_general(self.tid, &self.ready)?;
+            }
+            return Ok(());
+        }
+        // The kernel looks at restarts only on its way out of a signal stop.
+        if self.position == Position::Agent {
+            self.leave_agent()?;
+        } else {
+            sys::interrupt(self.tid)?;
+            sys::resume(self.tid, 0)?;
+            self.wait_interrupted()?;
+        }
+        sys::set_xsave(self.tid, &self.xsave)?;
+        sys::set_blocked(self.tid, self.blocked)?;
+        let gave_up = restart::interrupted(&self.original) == Interrupted::GaveUp;
+        sys::set_general(self.tid, if gave_up { &self.ready } else { &self.original })?;
+        self.position = Position::Frozen;
+        if let Some(foothold) = self.foothold.take() {
+            // Below the stack pointer: the program does not look there, but nothing is to stay.
+            let _ = process.write(RemotePtr(foothold.low), &foothold.saved);
+        }
+        Ok(())
+    }
+}
+
+/// Waits for the next stop of a tracee. Stops mostly come within microseconds.
+pub fn wait(tid: Pid, timeout: Duration) -> Result<Stop, TraceError> {
+    for _ in 0..50 {
+        if let Some(stop) = sys::wait(tid, false)? {
+            return Ok(stop);
+        }
+        std::thread::yield_now();
+    }
+    let deadline = Instant::now() + timeout;
+    let mut pause = Duration::from_micros(20);
+    loop {
+        if let Some(stop) = sys::wait(tid, false)? {
+            return Ok(stop);
+        }
+        if Instant::now() > deadline {
+            return Err(TraceError::TimedOut(tid));
+        }
+        // waitpid cannot wait with a timeout: look again, less and less often.
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}
+
+/// Why something could not be done with a tracee.
+#[derive(Debug)]
+pub enum TraceError {
+    Io(io::Error),
+    Target(ckpt_core::TargetError),
+    Ended(Pid),
+    TimedOut(Pid),
+    /// The stack pointer has no room below it.
+    NoStack(Pid),
+    /// A call with this number continues by a restart block that cannot be told.
+    UnknownRestart(u64),
+}
+
+impl From<io::Error> for TraceError {
+    fn from(error: io::Error) -> TraceError {
+        TraceError::Io(error)
+    }
+}
+
+impl From<ckpt_core::TargetError> for TraceError {
+    fn from(error: ckpt_core::TargetError) -> TraceError {
+        TraceError::Target(error)
+    }
+}
+
+impl std::fmt::Display for TraceError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            TraceError::Io(error) => error.fmt(f),
+            TraceError::Target(error) => error.fmt(f),
+            TraceError::Ended(tid) => write!(f, "thread {tid} ended"),
+            TraceError::TimedOut(tid) => write!(f, "thread {tid} did not stop"),
+            TraceError::NoStack(tid) => write!(f, "thread {tid} has no room on its stack"),
+            TraceError::UnknownRestart(number) => {
+                write!(f, "a thread is in system call {number}, interrupted twice, and what to run again is not known")
+            }
+        }
+    }
+}
