@@ -107,6 +107,9 @@ pub enum StoreError {
     Torn { path: PathBuf, why: String },
     #[error("{path}: damaged image ({why}); use another copy of it", path = .path.display())]
     Damaged { path: PathBuf, why: String },
+    /// What was to be written could not have been read. Nothing was written.
+    #[error("{path}: the image was not written, as it would be faulty ({why}); this is a mistake in ckpt", path = .path.display())]
+    Unwritable { path: PathBuf, why: String },
     #[error("{path}: {why}", path = .path.display())]
     Directory { path: PathBuf, why: String },
 }

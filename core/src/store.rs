@@ -19,7 +19,8 @@ pub struct PageExtent {
 /// An image being written. Dropped without [`publish`](ImageWriter::publish), it leaves nothing behind.
 pub trait ImageWriter {
     /// The page file, for the target itself to write to: page `n` is at byte `n * 4096`. Writes are page aligned in
-    /// memory, length and place, so that it may be open with `O_DIRECT`.
+    /// memory, length and place, so that it may be open with `O_DIRECT`. Large writes (4 MiB and more) are what makes
+    /// it fast. A target whose `RLIMIT_FSIZE` is below the end of its extent must not be asked: it would get SIGXFSZ.
     fn pages(&self) -> BorrowedFd<'_>;
 
     /// Reserves room for pages, right after what was reserved before.
@@ -50,6 +51,11 @@ pub trait ImageReader: Send + Sync {
 
     /// Writes a blob's content to an empty file, holes kept, and checks it.
     fn copy_blob(&self, blob: BlobId, into: BorrowedFd<'_>) -> Result<(), StoreError>;
+
+    /// The page of the page file that holds what was at an address of a process (an index in
+    /// [`Image::processes`]), whether it is the process's own or of shared memory. `None` where the image has no page:
+    /// the content is what the mapping's source gives.
+    fn find_page(&self, process: usize, address: u64) -> Option<u64>;
 }
 
 /// Takes an image and keeps nothing of it: for a dump that only asks what could be dumped.

@@ -28,13 +28,38 @@ pub mod signals;
 pub mod tasks;
 pub mod timers;
 
+use serde::{Deserialize, Serialize};
+
 use crate::wire::wire_struct;
 
 /// The number in the header.
 pub const VERSION: u32 = 1;
 
+/// The manifest: what the CBOR in `image.cbor` holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestV1 {
+    /// Pages in `pages.bin`.
+    pub pages: u64,
+    /// CRC-32C of the table of page checksums, which stands after the CBOR.
+    pub page_checksums: u32,
+    /// `blob-0`, `blob-1` and so on.
+    pub blobs: Vec<BlobV1>,
+    pub image: ImageV1,
+}
+
+/// A file of the image beside the page file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlobV1 {
+    /// Bytes.
+    pub size: u64,
+    /// CRC-32C of its content, holes as zeros.
+    pub checksum: u32,
+}
+
 wire_struct! {
-    /// The whole manifest.
+    /// The saved tree.
     pub struct ImageV1 for ckpt_core::Image {
         host: host::HostFactsV1,
         processes: Vec<tasks::ProcessV1>,

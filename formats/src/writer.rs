@@ -1,0 +1,260 @@
+//! Writes an image.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use ckpt_core::store::{BlobId, ImageWriter, PageExtent};
+use ckpt_core::{Image, StoreError};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::ftruncate;
+
+use crate::decode::{self, MAX_PAGES};
+use crate::header::Header;
+use crate::partial::{MANIFEST, PAGES, Partial, blob_name};
+use crate::sparse::{self, Failure};
+use crate::v1::{BlobV1, ImageV1, ManifestV1, VERSION};
+use crate::validate::validate;
+use crate::wire::Wire;
+
+const PAGE: u64 = ckpt_core::PAGE_SIZE;
+
+/// Begins an image that will be in `directory`, which must be empty or not there.
+///
+/// Until it is published everything is in a hidden directory beside it. The files can be read by their owner only, as
+/// they hold what the memory of the program held.
+///
+/// # Errors
+/// [`StoreError::Directory`] when an image cannot be there.
+pub fn create(directory: &Path) -> Result<Box<dyn ImageWriter>, StoreError> {
+    let partial = Partial::create(directory)?;
+    let pages = create_pages(&partial)?;
+    let room = match fstatfs(&pages) {
+        Ok(statfs) if statfs.filesystem_type() == TMPFS_MAGIC => Room::Checked,
+        _ => Room::Allocated(0),
+    };
+    Ok(Box::new(Writer {
+        partial,
+        pages,
+        room,
+        reserved: 0,
+        checksums: Vec::new(),
+        covered: Vec::new(),
+        blobs: Vec::new(),
+    }))
+}
+
+struct Writer {
+    partial: Partial,
+    pages: File,
+    room: Room,
+    /// Pages handed out so far.
+    reserved: u64,
+    /// Of each reserved page.
+    checksums: Vec<u32>,
+    /// The pages that have got their checksum: sorted, disjoint, neighbours joined.
+    covered: Vec<PageExtent>,
+    blobs: Vec<BlobV1>,
+}
+
+/// How it is made sure that there is room for the pages before the target writes them: a full disk is then our error
+/// and not one of a system call in the target.
+///
+/// Measured here (ext4 on virtio, 1 GiB, one writer, O_DIRECT): the size of a write is what matters, 64 KiB 0.5 GB/s,
+/// 256 KiB 1.2, 1 MiB 1.7, 4 MiB 2.1, 16 MiB 2.3, 64 MiB 2.4 (a gather of 1,024 pieces is as fast as one piece). How the
+/// room was made does not: `fallocate` in steps of 64 MiB, of 1 GiB, `ftruncate` alone and nothing at all are within
+/// the noise of each other, and a step costs 0.1 to 0.2 ms. Through the page cache the same is 0.7 to 1.4 GB/s.
+enum Room {
+    /// `fallocate(2)` up to this page.
+    Allocated(u64),
+    /// `fallocate` would be of no use: of tmpfs, because it fills every page with zeros first; of some other file
+    /// system, because it does not know it. The free space is asked for.
+    Checked,
+}
+
+/// `fallocate` steps, in pages: at least 16 MiB, and a quarter of what is there for large images, at most 1 GiB.
+fn step(reserved: u64) -> u64 {
+    (reserved / 4).clamp(1 << 12, 1 << 18)
+}
+
+fn create_pages(partial: &Partial) -> Result<File, StoreError> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    let open = |flags| openat(partial.directory(), PAGES, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+    // Where the file system does not know O_DIRECT, some have made the file before they say so.
+    let opened = match open(flags | OFlag::O_DIRECT) {
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => open(flags - OFlag::O_EXCL),
+        opened => opened,
+    };
+    match opened {
+        Ok(opened) => Ok(File::from(opened)),
+        Err(errno) => Err(io(partial, PAGES, "cannot be made", errno.into())),
+    }
+}
+
+fn create_file(partial: &Partial, name: &str) -> Result<File, StoreError> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    match openat(partial.directory(), name, flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+        Ok(opened) => Ok(File::from(opened)),
+        Err(errno) => Err(io(partial, name, "cannot be made", errno.into())),
+    }
+}
+
+fn io(partial: &Partial, file: &str, what: &'static str, source: std::io::Error) -> StoreError {
+    StoreError::Io { path: partial.path(file), what, source }
+}
+
+impl ImageWriter for Writer {
+    fn pages(&self) -> BorrowedFd<'_> {
+        self.pages.as_fd()
+    }
+
+    fn reserve_pages(&mut self, pages: u64) -> Result<PageExtent, StoreError> {
+        let end = self.reserved.checked_add(pages).filter(|&end| end <= MAX_PAGES);
+        let end = end.ok_or_else(|| self.faulty(format!("{pages} more pages than {} are too many", self.reserved)))?;
+        self.make_room(end).map_err(|errno| io(&self.partial, PAGES, "has no room for the pages", errno.into()))?;
+        let extent = PageExtent { first: self.reserved, pages };
+        self.reserved = end;
+        self.checksums.resize(end as usize, 0);
+        Ok(extent)
+    }
+
+    fn page_checksums(&mut self, extent: PageExtent, checksums: &[u32]) -> Result<(), StoreError> {
+        let end = extent.first.checked_add(extent.pages).filter(|&end| end <= self.reserved);
+        match end {
+            Some(end) if checksums.len() as u64 == extent.pages => {
+                self.checksums[extent.first as usize..end as usize].copy_from_slice(checksums);
+                self.cover(extent);
+                Ok(())
+            }
+            _ => Err(self.faulty(format!(
+                "{} checksums for {} pages from {} of {}",
+                checksums.len(),
+                extent.pages,
+                extent.first,
+                self.reserved
+            ))),
+        }
+    }
+
+    fn blob(&mut self, content: BorrowedFd<'_>) -> Result<BlobId, StoreError> {
+        let id = self.blobs.len() as u32;
+        let name = blob_name(id);
+        let file = create_file(&self.partial, &name)?;
+        let (size, checksum) = sparse::copy(content, file.as_fd()).map_err(|failure| match failure {
+            Failure::Read(source) => io(&self.partial, &name, "cannot be read where it is copied from", source),
+            Failure::Write(source) => io(&self.partial, &name, "cannot be written", source),
+        })?;
+        // Begins to go to the disk while the dump goes on.
+        file.sync_data().map_err(|source| io(&self.partial, &name, "cannot be synced", source))?;
+        self.blobs.push(BlobV1 { size, checksum });
+        Ok(BlobId(id))
+    }
+
+    /// Every file is synced, then the directory, then it is renamed, then the directory that it is in is synced. On
+    /// ext4 here that is 0.5 ms for the first file and 0.1 ms for each other step: the first commits the journal for all.
+    /// Leaving out what ext4 alone would allow (one sync of the parent instead of all) would save 0.4 ms.
+    fn publish(self: Box<Self>, image: &Image) -> Result<(), StoreError> {
+        if !matches!(self.covered[..], [] if self.reserved == 0)
+            && self.covered != [PageExtent { first: 0, pages: self.reserved }]
+        {
+            return Err(self.faulty("some pages have no checksum".into()));
+        }
+        let table: Vec<u8> = self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
+        let manifest = self.manifest(image, crc32c::crc32c(&table))?;
+        let this = *self;
+        ftruncate(&this.pages, (this.reserved * PAGE) as i64)
+            .map_err(|errno| io(&this.partial, PAGES, "cannot be given its size", errno.into()))?;
+        let mut file = create_file(&this.partial, MANIFEST)?;
+        let mut content = Header::of(VERSION, &manifest).encode().to_vec();
+        content.extend_from_slice(&manifest);
+        drop(manifest);
+        file.write_all(&content)
+            .and_then(|()| file.write_all(&table))
+            .map_err(|source| io(&this.partial, MANIFEST, "cannot be written", source))?;
+        file.sync_data().map_err(|source| io(&this.partial, MANIFEST, "cannot be synced", source))?;
+        this.pages.sync_data().map_err(|source| io(&this.partial, PAGES, "cannot be synced", source))?;
+        this.partial.publish()
+    }
+}
+
+impl Writer {
+    /// The dump that uses this writer did something wrong.
+    fn faulty(&self, why: String) -> StoreError {
+        StoreError::Unwritable { path: self.partial.path(""), why }
+    }
+
+    fn make_room(&mut self, pages: u64) -> Result<(), Errno> {
+        if let Room::Allocated(allocated) = self.room {
+            if pages <= allocated {
+                return Ok(());
+            }
+            let generous = pages.max(allocated + step(self.reserved));
+            let grow = |to: u64| {
+                let (from, more) = (allocated * PAGE, (to - allocated) * PAGE);
+                fallocate(&self.pages, FallocateFlags::empty(), from as i64, more as i64)
+            };
+            // On a nearly full disk, what is needed may fit where a whole step does not.
+            let (result, reached) = match grow(generous) {
+                Err(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) => (grow(pages), pages),
+                result => (result, generous),
+            };
+            match result {
+                Ok(()) => {
+                    self.room = Room::Allocated(reached);
+                    return Ok(());
+                }
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.room = Room::Checked,
+                Err(errno) => return Err(errno),
+            }
+        }
+        // The size is set beforehand in any case: a write that extends a file is alone, others can be side by side.
+        ftruncate(&self.pages, (pages * PAGE) as i64)?;
+        let statfs = fstatfs(&self.pages)?;
+        let free = statfs.blocks_available().saturating_mul(statfs.block_size() as u64);
+        if free < (pages - self.reserved) * PAGE { Err(Errno::ENOSPC) } else { Ok(()) }
+    }
+
+    fn cover(&mut self, extent: PageExtent) {
+        let (mut first, mut end) = (extent.first, extent.first + extent.pages);
+        if first == end {
+            return;
+        }
+        let from = self.covered.partition_point(|known| known.first + known.pages < first);
+        let to = self.covered.partition_point(|known| known.first <= end);
+        if let [one, ..] = self.covered[from..to] {
+            first = first.min(one.first);
+        }
+        if let [.., one] = self.covered[from..to] {
+            end = end.max(one.first + one.pages);
+        }
+        self.covered.splice(from..to, [PageExtent { first, pages: end - first }]);
+    }
+
+    /// Encodes the manifest, having made sure that a reader will accept it.
+    fn manifest(&self, image: &Image, page_checksums: u32) -> Result<Vec<u8>, StoreError> {
+        let wire = ManifestV1 {
+            pages: self.reserved,
+            page_checksums,
+            blobs: self.blobs.clone(),
+            image: ImageV1::from_live(image),
+        };
+        let mut bytes = Vec::new();
+        ciborium::ser::into_writer(&wire, &mut bytes).map_err(|error| self.faulty(error.to_string()))?;
+        let most = decode::max_manifest(self.reserved);
+        if bytes.len() as u64 > most {
+            return Err(self.faulty(format!("its manifest would have {} bytes, {most} is the most", bytes.len())));
+        }
+        decode::scan(&bytes, decode::max_items(self.reserved)).map_err(|error| self.faulty(format!("{error:?}")))?;
+        let bounds = wire.bounds();
+        let same = wire.image.into_live(&bounds).and_then(|live| validate(&live).map(|()| live == *image));
+        match same {
+            Ok(true) => Ok(bytes),
+            Ok(false) => Err(self.faulty("it would not be read as it was".into())),
+            Err(invalid) => Err(self.faulty(invalid.to_string())),
+        }
+    }
+}
