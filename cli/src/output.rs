@@ -1,0 +1,58 @@
+//! What is said on standard output, and the log on standard error.
+
+use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Starts the log, if it is wanted; otherwise nothing is set up at all, for the sake of a short start.
+pub fn configure(verbose: u8, quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+    let level = match verbose {
+        0 => return,
+        1 => tracing::Level::INFO,
+        2 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    let color = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_timer(tracing_subscriber::fmt::time::uptime())
+        .with_ansi(color)
+        .init();
+}
+
+pub fn is_quiet() -> bool {
+    QUIET.load(Ordering::Relaxed)
+}
+
+/// Prints what was asked for. A reader that has gone away (`ckpt show image | head`) is no error.
+pub fn print(text: &str) {
+    pass(text.as_bytes());
+}
+
+/// The same for bytes that a program wrote.
+pub fn pass(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            let _ = writeln!(std::io::stderr(), "ckpt: standard output: {error}");
+        }
+        _ => {}
+    }
+}
+
+/// Prints a line that only tells how it went, unless `--quiet`.
+pub fn tell(line: &str) {
+    if !is_quiet() {
+        print(&format!("{line}\n"));
+    }
+}
+
+/// The same on standard error, where standard output belongs to a program.
+pub fn tell_aside(line: &str) {
+    if !is_quiet() {
+        let _ = writeln!(std::io::stderr(), "ckpt: {line}");
+    }
+}
