@@ -254,11 +254,12 @@ fn kind_of(process: &Process, mapping: &Mapping) -> usize {
             });
             if code { 0 } else { 4 }
         }
-        Source::Object { .. } => 6,
         Source::Anonymous if mapping.start < layout.brk && mapping.end > layout.start_brk => 1,
         Source::Anonymous if (mapping.start..mapping.end).contains(&layout.start_stack) => 2,
         Source::Anonymous => 3,
         Source::Vdso | Source::Vvar => 7,
+        // Shared memory objects, and files without a name.
+        _ => 6,
     }
 }
 
