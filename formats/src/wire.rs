@@ -54,6 +54,44 @@ pub trait Wire<Live>: Sized {
     /// When the value cannot be one of the live type, or points outside of the image: see [`Bounds`]. Nothing is
     /// allocated beyond what `self` holds.
     fn into_live(self, bounds: &Bounds) -> Result<Live, Invalid>;
+
+    /// Some value that can be converted both ways, for property tests and the golden image: whoever declares a wire
+    /// struct has its kind tested.
+    fn any(entropy: &mut Entropy<'_>) -> Live;
+}
+
+/// Bytes that decide what [`Wire::any`] gives. When they are used up, everything is zero or empty.
+#[derive(Clone, Debug)]
+pub struct Entropy<'a> {
+    pub bytes: &'a [u8],
+    pub bounds: Bounds,
+}
+
+impl Entropy<'_> {
+    pub fn byte(&mut self) -> u8 {
+        self.bytes.split_off_first().copied().unwrap_or(0)
+    }
+
+    /// Small numbers and large ones.
+    pub fn number(&mut self) -> u64 {
+        let width = [1, 1, 2, 4, 8][usize::from(self.byte() % 5)];
+        (0..width).fold(0, |number, _| number << 8 | u64::from(self.byte()))
+    }
+
+    /// Less than `bound`, which is not zero.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.number() % bound
+    }
+
+    /// Of a list: short, as lists are in lists.
+    pub fn length(&mut self) -> usize {
+        [0, 1, 1, 2, 3][usize::from(self.byte() % 5)]
+    }
+
+    /// A name without NUL, and any byte else.
+    pub fn name(&mut self) -> Vec<u8> {
+        (0..self.byte() % 12).map(|_| self.byte().max(1)).collect()
+    }
 }
 
 /// How much the image holds of everything that a number in it may point to. An id or page extent is checked where it is
@@ -134,9 +172,9 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-/// Types that are their own wire form.
+/// Types that are their own wire form, and how to make one of a number.
 macro_rules! identical {
-    ($($type:ty),*) => {$(
+    ($($type:ty: $any:expr),* $(,)?) => {$(
         impl Wire<$type> for $type {
             fn from_live(live: &$type) -> $type {
                 live.clone()
@@ -144,11 +182,26 @@ macro_rules! identical {
             fn into_live(self, _bounds: &Bounds) -> Result<$type, Invalid> {
                 Ok(self)
             }
+            fn any(entropy: &mut Entropy<'_>) -> $type {
+                let any: fn(&mut Entropy<'_>) -> $type = $any;
+                any(entropy)
+            }
         }
     )*};
 }
 
-identical!(bool, u8, u16, u32, u64, i8, i16, i32, i64, String);
+identical! {
+    bool: |entropy| entropy.byte() & 1 == 1,
+    u8: |entropy| entropy.byte(),
+    u16: |entropy| entropy.number() as u16,
+    u32: |entropy| entropy.number() as u32,
+    u64: |entropy| entropy.number(),
+    i8: |entropy| entropy.byte() as i8,
+    i16: |entropy| entropy.number() as i16,
+    i32: |entropy| entropy.number() as i32,
+    i64: |entropy| entropy.number() as i64,
+    String: |entropy| String::from_utf8_lossy(&entropy.name()).into_owned(),
+}
 
 macro_rules! items {
     ($($type:ty),*) => { $(impl Item for $type {})* };
@@ -178,6 +231,12 @@ macro_rules! numbers {
                 })?
                 Ok($live(self))
             }
+            fn any(entropy: &mut Entropy<'_>) -> $live {
+                $(if true {
+                    return $live(entropy.below(entropy.bounds.$bound.max(1).into()) as $wire);
+                })?
+                $live(entropy.number() as $wire)
+            }
         }
     )*};
 }
@@ -204,6 +263,10 @@ impl Wire<PageExtent> for (u64, u64) {
             _ => Err(Invalid::new(format!("{pages} pages from {first} in a page file of {}", bounds.pages))),
         }
     }
+    fn any(entropy: &mut Entropy<'_>) -> PageExtent {
+        let first = entropy.below(entropy.bounds.pages.max(1));
+        PageExtent { first, pages: 1 + entropy.below(entropy.bounds.pages.saturating_sub(first).max(1)) }
+    }
 }
 
 impl Wire<Vec<u8>> for Bytes {
@@ -212,6 +275,9 @@ impl Wire<Vec<u8>> for Bytes {
     }
     fn into_live(self, _bounds: &Bounds) -> Result<Vec<u8>, Invalid> {
         Ok(self.0)
+    }
+    fn any(entropy: &mut Entropy<'_>) -> Vec<u8> {
+        (0..entropy.byte() % 40).map(|_| entropy.byte()).collect()
     }
 }
 
@@ -223,6 +289,9 @@ impl<const N: usize> Wire<[u8; N]> for Bytes {
         let length = self.0.len();
         self.0.try_into().map_err(|_| Invalid::new(format!("{length} bytes instead of {N}")))
     }
+    fn any(entropy: &mut Entropy<'_>) -> [u8; N] {
+        std::array::from_fn(|_| entropy.byte())
+    }
 }
 
 impl Wire<OsString> for Bytes {
@@ -233,6 +302,9 @@ impl Wire<OsString> for Bytes {
         // No name in the kernel has one, and every call that is given one fails.
         if self.0.contains(&0) { Err(Invalid::new("a NUL byte in a name")) } else { Ok(OsString::from_vec(self.0)) }
     }
+    fn any(entropy: &mut Entropy<'_>) -> OsString {
+        OsString::from_vec(entropy.name())
+    }
 }
 
 impl Wire<PathBuf> for Bytes {
@@ -242,6 +314,9 @@ impl Wire<PathBuf> for Bytes {
     fn into_live(self, bounds: &Bounds) -> Result<PathBuf, Invalid> {
         Wire::<OsString>::into_live(self, bounds).map(PathBuf::from)
     }
+    fn any(entropy: &mut Entropy<'_>) -> PathBuf {
+        PathBuf::from("/").join(OsString::from_vec(entropy.name()))
+    }
 }
 
 impl<L, W: Wire<L>> Wire<Option<L>> for Option<W> {
@@ -250,6 +325,9 @@ impl<L, W: Wire<L>> Wire<Option<L>> for Option<W> {
     }
     fn into_live(self, bounds: &Bounds) -> Result<Option<L>, Invalid> {
         self.map(|wire| wire.into_live(bounds)).transpose()
+    }
+    fn any(entropy: &mut Entropy<'_>) -> Option<L> {
+        (entropy.byte() & 1 == 1).then(|| W::any(entropy))
     }
 }
 
@@ -264,6 +342,9 @@ impl<L, W: Wire<L> + Item> Wire<Vec<L>> for Vec<W> {
         }
         Ok(live)
     }
+    fn any(entropy: &mut Entropy<'_>) -> Vec<L> {
+        (0..entropy.length()).map(|_| W::any(entropy)).collect()
+    }
 }
 
 macro_rules! tuples {
@@ -274,6 +355,9 @@ macro_rules! tuples {
             }
             fn into_live(self, bounds: &Bounds) -> Result<($($live,)*), Invalid> {
                 Ok(($(self.$number.into_live(bounds).map_err(|invalid: Invalid| invalid.within($number))?,)*))
+            }
+            fn any(entropy: &mut Entropy<'_>) -> ($($live,)*) {
+                ($($wire::any(entropy),)*)
             }
         }
     };
@@ -292,6 +376,9 @@ macro_rules! arrays {
             fn into_live(self, bounds: &Bounds) -> Result<[L; $length], Invalid> {
                 let live: Vec<L> = Vec::from(self).into_live(bounds)?;
                 live.try_into().map_err(|_| Invalid::new("wrong length"))
+            }
+            fn any(entropy: &mut Entropy<'_>) -> [L; $length] {
+                std::array::from_fn(|_| W::any(entropy))
             }
         }
     )*};
@@ -320,6 +407,11 @@ macro_rules! wire_struct {
                     $($field: <$type as $crate::wire::Wire<_>>::into_live(self.$field, bounds)
                         .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?,)*
                 })
+            }
+            #[allow(unused_variables)]
+            fn any(entropy: &mut $crate::wire::Entropy<'_>) -> $live {
+                type Live = $live;
+                Live { $($field: <$type as $crate::wire::Wire<_>>::any(entropy),)* }
             }
         }
 
@@ -359,6 +451,15 @@ macro_rules! wire_enum {
                             $({ $($field: <$type as $crate::wire::Wire<_>>::into_live($field, bounds)
                                 .map_err(|invalid: $crate::wire::Invalid| invalid.within(stringify!($field)))?),* })?,)*
                 })
+            }
+            fn any(entropy: &mut $crate::wire::Entropy<'_>) -> $live {
+                type Live = $live;
+                let variants: &[fn(&mut $crate::wire::Entropy<'_>) -> Live] = &[
+                    $(|_entropy| Live::$variant
+                        $((<$inner as $crate::wire::Wire<_>>::any(_entropy)))?
+                        $({ $($field: <$type as $crate::wire::Wire<_>>::any(_entropy)),* })?,)*
+                ];
+                variants[usize::from(entropy.byte()) % variants.len()](entropy)
             }
         }
 

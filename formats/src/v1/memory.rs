@@ -4,7 +4,7 @@ use ckpt_core::resource::memory::Pages;
 use serde::{Deserialize, Serialize};
 
 use crate::v1::files::IdentityV1;
-use crate::wire::{Bounds, Bytes, Invalid, Item, Wire, wire_enum, wire_struct};
+use crate::wire::{Bounds, Bytes, Entropy, Invalid, Item, Wire, wire_enum, wire_struct};
 
 wire_struct! {
     pub struct MemoryV1 for ckpt_core::resource::memory::Memory {
@@ -56,6 +56,9 @@ impl Wire<Pages> for PagesV1 {
     }
     fn into_live(self, bounds: &Bounds) -> Result<Pages, Invalid> {
         Ok(Pages { start: self.0, extent: (self.1, self.2).into_live(bounds)? })
+    }
+    fn any(entropy: &mut Entropy<'_>) -> Pages {
+        Pages { start: entropy.number(), extent: <(u64, u64)>::any(entropy) }
     }
 }
 
