@@ -198,6 +198,8 @@ macro_rules! file_kinds {
 file_kinds! {
     Device: super::devices::Devices,
     File: super::files::Files,
+    Pipe: super::pipes::Pipes,
+    Fifo: super::fifos::Fifos,
 }
 
 impl FileKind {
@@ -206,6 +208,7 @@ impl FileKind {
         match self {
             FileKind::Device(device) => Some(&device.path),
             FileKind::File(file) => file.path(),
+            FileKind::Fifo(fifo) => Some(&fifo.path),
             #[allow(unreachable_patterns)]
             _ => None,
         }
@@ -569,6 +572,8 @@ struct Pending {
     batch: Batch,
     /// (first call, file, how to judge the results), in order.
     parts: Vec<(usize, FileId, Option<Verify>)>,
+    /// Files that were made by us, to be handed over.
+    given: Vec<(FileId, OwnedFd)>,
 }
 
 /// One open file description of a skeleton, to rebuild.
@@ -647,8 +652,23 @@ impl RebuildFile<'_> {
             self.placed.places[file.0 as usize].push((process, RemoteFd(numbers[0].fd)));
             return Ok(());
         }
-        let replies = self.flush(process)?.expect("calls were added");
+        let replies = self.flush_calls(process)?.expect("calls were added");
         self.stage(file, process, replies.fd(lifted))
+    }
+
+    /// Says that a file now exists, as a descriptor of ours: `process` gets it, with its flags, its owner, and its
+    /// numbers there.
+    pub fn give(&mut self, file: FileId, process: usize, fd: OwnedFd) -> Result<(), RestoreError> {
+        let Some(place) = self.numbers_in(file, process).first().map(|held| RemoteFd(held.fd)) else {
+            let brought = self.fds_in(process, &[fd.as_fd()])?[0];
+            return self.stage(file, process, brought);
+        };
+        self.placed.places[file.0 as usize].push((process, place));
+        self.placed.pending[process].given.push((file, fd));
+        if self.placed.pending[process].given.len() >= HAND_OVER {
+            self.flush(process)?;
+        }
+        Ok(())
     }
 
     /// Closes a spare descriptor of a process, some time.
@@ -669,6 +689,13 @@ impl RebuildFile<'_> {
     /// Says that a file now exists, as a lifted descriptor of `process`: it takes its flags, its owner, and its numbers
     /// there.
     pub fn stage(&mut self, file: FileId, process: usize, fd: RemoteFd) -> Result<(), RestoreError> {
+        let place = self.settle(file, process, fd)?;
+        self.placed.places[file.0 as usize].push((process, place.unwrap_or(fd)));
+        Ok(())
+    }
+
+    /// Puts the calls in line that give a new file its settings and its numbers; the first of these, if it has any.
+    fn settle(&mut self, file: FileId, process: usize, fd: RemoteFd) -> Result<Option<RemoteFd>, RestoreError> {
         let numbers = self.numbers_in(file, process);
         self.make_room(process, 8, 64)?;
         let pending = &mut self.placed.pending[process];
@@ -686,8 +713,7 @@ impl RebuildFile<'_> {
         if place.is_some() {
             self.placed.pending[process].batch.call(Sysno::close, args![fd]);
         }
-        self.placed.places[file.0 as usize].push((process, place.unwrap_or(fd)));
-        Ok(())
+        Ok(place)
     }
 
     pub fn is_staged(&self, file: FileId) -> bool {
@@ -761,14 +787,32 @@ impl RebuildFile<'_> {
     /// Has the calls that wait done if so many more do not fit.
     fn make_room(&mut self, process: usize, calls: usize, bytes: usize) -> Result<(), RestoreError> {
         if !self.placed.pending[process].batch.has_room(calls, bytes) {
-            self.flush(process)?;
+            self.flush_calls(process)?;
         }
         Ok(())
     }
 
+    /// Hands over to a process what is for it, and has the calls that wait for it done.
+    fn flush(&mut self, process: usize) -> Result<(), RestoreError> {
+        self.flush_calls(process)?;
+        let given = std::mem::take(&mut self.placed.pending[process].given);
+        if given.is_empty() {
+            return Ok(());
+        }
+        let fds: Vec<BorrowedFd<'_>> = given.iter().map(|(_, fd)| fd.as_fd()).collect();
+        let target = &mut self.targets[process];
+        let pid = target.pid();
+        let brought = target.fds_in(&fds).map_err(|source| RestoreError::Target { resource: NAME, pid, source })?;
+        for ((file, _), fd) in given.into_iter().zip(brought) {
+            self.settle(file, process, fd)?;
+        }
+        self.flush_calls(process).map(drop)
+    }
+
     /// Has the calls that wait for a process done.
-    fn flush(&mut self, process: usize) -> Result<Option<Replies>, RestoreError> {
-        let Pending { batch, parts } = std::mem::take(&mut self.placed.pending[process]);
+    fn flush_calls(&mut self, process: usize) -> Result<Option<Replies>, RestoreError> {
+        let pending = &mut self.placed.pending[process];
+        let (batch, parts) = (std::mem::take(&mut pending.batch), std::mem::take(&mut pending.parts));
         if batch.is_empty() {
             return Ok(None);
         }

@@ -1,6 +1,6 @@
 //! Descriptor tables and open file descriptions.
 
-use crate::v1::{devices, files};
+use crate::v1::{devices, fifos, files, pipes};
 use crate::wire::{wire_enum, wire_struct};
 
 wire_struct! {
@@ -38,5 +38,7 @@ wire_enum! {
     pub enum FileKindV1 for ckpt_core::resource::descriptors::FileKind {
         Device(devices::DeviceV1),
         File(files::FileV1),
+        Pipe(pipes::PipeV1),
+        Fifo(fifos::FifoV1),
     }
 }
