@@ -79,7 +79,7 @@ impl Case {
         Case::with_root(name, resources, Root::Program(program), 5)
     }
 
-    fn with_root(name: &'static str, resources: &'static [&'static str], root: Root, rounds: usize) -> Case {
+    pub(crate) fn with_root(name: &'static str, resources: &'static [&'static str], root: Root, rounds: usize) -> Case {
         Case {
             name,
             resources,

@@ -13,3 +13,4 @@ pub mod matrix;
 pub mod suite;
 pub mod trial;
 pub mod visible;
+pub mod worker;

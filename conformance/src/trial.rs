@@ -160,7 +160,10 @@ impl Init<'_> {
         self.start()?;
         self.wait_until_ready()?;
         match *way {
-            Way::Dry => {}
+            Way::Dry => {
+                self.before_dump(0)?;
+                self.after_restore(0)?;
+            }
             Way::Running(dumper) => self.leave_running(dumper)?,
             Way::Restored { dumper, restorer, rounds } => {
                 for round in 0..rounds {

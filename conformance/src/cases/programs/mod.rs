@@ -1,0 +1,55 @@
+//! Real programs, each judged by its own result or by its clients, through five rounds of dump and restore in a row.
+
+mod redis;
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::case::{Case, Program, Root};
+use crate::worker;
+
+/// What a program of several processes, threads and files needs.
+const RESOURCES: &[&str] = &["files", "memory", "pipes", "registers", "signals", "tasks"];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::program("programs/bash", RESOURCES, script(bash, &[("/bin/bash", "bash"), ("/usr/bin/awk", "mawk")])),
+        Case::program("programs/perl", RESOURCES, script(perl, &[("/usr/bin/perl", "perl")])),
+        Case::program(
+            "programs/python",
+            &["files", "locks", "memory", "registers", "signals", "tasks"],
+            script(python, &[("/usr/bin/python3", "python3")]),
+        ),
+        Case::program(
+            "programs/redis",
+            &["epoll", "files", "inet_sockets", "memory", "pipes", "registers", "tasks", "unix_sockets"],
+            redis::program(),
+        ),
+        Case::with_root("programs/worker", RESOURCES, Root::Subject(worker::worker), 5),
+    ]
+    .into_iter()
+    .map(Case::unsteady)
+    .collect()
+}
+
+fn script(command: fn(&Path) -> Command, needs: &'static [(&'static str, &'static str)]) -> Program {
+    Program { command, needs, clients: None }
+}
+
+fn bash(_dir: &Path) -> Command {
+    let mut command = Command::new("/bin/bash");
+    command.args(["-c", include_str!("pipeline.bash"), "pipeline.bash"]);
+    command
+}
+
+fn perl(_dir: &Path) -> Command {
+    let mut command = Command::new("/usr/bin/perl");
+    command.args(["-e", include_str!("words.pl")]);
+    command
+}
+
+fn python(_dir: &Path) -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    command.args(["-c", include_str!("threads_and_sqlite.py")]);
+    command
+}
