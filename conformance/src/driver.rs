@@ -11,7 +11,6 @@ use ckpt_core::Pid;
 use ckpt_core::backend::{Backend, DumpOptions, RestoreOptions};
 use ckpt_core::dump::After;
 use ckpt_core::progress::Silent;
-use ckpt_core::store::{ImageReader, ImageWriter};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -39,7 +38,7 @@ pub fn dump(backend: &Backend, case: &Case, root: i32, image: &Path, after: Afte
         DumpOptions { shell_job: case.shell_job, tcp_close: case.tcp_close, timeout: Duration::from_secs(10) };
     drive(image.parent().expect("a trial's directory"), || {
         let dumper = backend.dumper.ok_or("it has no dumper")?();
-        let store = create(image)?;
+        let store = ckpt_formats::create(image).map_err(|error| error.to_string())?;
         ckpt_core::dump::dump(&*dumper, Pid(root), &options, after, store, &mut Silent)
             .map(drop)
             .map_err(|error| error.to_string())
@@ -51,19 +50,11 @@ pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path) -> Resul
     let options = RestoreOptions { shell_job: case.shell_job };
     drive(image.parent().expect("a trial's directory"), || {
         let restorer = backend.restorer.ok_or("it has no restorer")?();
-        let reader = open(image)?;
+        let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
         let restored = ckpt_core::restore::restore(&*restorer, &*reader, &options, &mut Silent)
             .map_err(|error| error.to_string())?;
         if restored == Pid(root) { Ok(()) } else { Err(format!("process {root} was dumped, {restored} restored")) }
     })
-}
-
-fn create(_image: &Path) -> Result<Box<dyn ImageWriter>, String> {
-    Err("ckpt-formats does not write images yet".into())
-}
-
-fn open(_image: &Path) -> Result<Box<dyn ImageReader>, String> {
-    Err("ckpt-formats does not read images yet".into())
 }
 
 /// Runs `work` in a child process and waits for its end. The caller must have one thread.

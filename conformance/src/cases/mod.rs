@@ -7,7 +7,10 @@ mod tasks;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
-    let files: &[fn() -> Vec<Case>] = &[programs::cases, tasks::cases];
+    let files: &[fn() -> Vec<Case>] = &[
+        programs::cases, //
+        tasks::cases,
+    ];
     files.iter().flat_map(|cases| cases()).collect()
 }
 
