@@ -226,6 +226,8 @@ pub struct Census {
     pub holders: Vec<Vec<(usize, i32)>>,
     /// The files with one inode, by (device, inode): the ends of a pipe, say.
     pub inodes: HashMap<(u64, u64), Vec<FileId>>,
+    /// (process, descriptor, what follows `lock:` in its fdinfo): the POSIX locks of a process are shown to it only.
+    pub locks: Vec<(usize, i32, String)>,
 }
 
 impl Census {
@@ -436,6 +438,8 @@ fn identify(targets: &[Box<dyn Target>], all: Vec<Seen>) -> Result<(Census, Vec<
         }
         let (process, fd) = (seen.process, seen.fd.0);
         let close_on_exec = seen.info.flags & libc::O_CLOEXEC != 0;
+        let locks = seen.info.rest.lines().filter_map(|line| line.strip_prefix("lock:"));
+        census.locks.extend(locks.map(|lock| (process, fd, lock.to_string())));
         let file = match place {
             Ok(known) => group[known],
             Err(place) => {

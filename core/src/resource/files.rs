@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File as StdFile;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -299,15 +299,26 @@ impl Resource for Files {
             }
             Place::Proc { path } => open(context, process, path.as_os_str(), flags, position, |_| None),
             Place::Deleted { id } => {
-                let deleted = &context.objects.deleted[id.0 as usize];
-                let brought = context.targets[process].fds_in(&[deleted.as_fd()]);
-                let link = brought.map_err(|source| context.target_error(source))?[0];
-                let path = PathBuf::from(format!("/proc/self/fd/{link}"));
-                open(context, process, path.as_os_str(), flags & !libc::O_NOFOLLOW, position, |_| None)?;
-                context.close(process, link)
+                let opened = reopen_deleted(context.objects.deleted[id.0 as usize].as_fd(), flags, position);
+                let file = opened.map_err(|errno| RestoreError::Io {
+                    what: "a deleted file could not be opened again".into(),
+                    source: errno.into(),
+                })?;
+                context.give(context.id, process, file)
             }
         }
     }
+}
+
+/// A new open file description of a deleted file.
+fn reopen_deleted(file: BorrowedFd<'_>, flags: i32, position: i64) -> nix::Result<OwnedFd> {
+    // The name in /proc is a symbolic link.
+    let flags = OFlag::from_bits_retain(flags & !libc::O_NOFOLLOW);
+    let opened = nix::fcntl::open(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), flags, Mode::empty())?;
+    if position != 0 && !flags.contains(OFlag::O_PATH) {
+        nix::unistd::lseek(&opened, position, nix::unistd::Whence::SeekSet)?;
+    }
+    Ok(opened)
 }
 
 const USE_ANOTHER_COPY: &str = "the image is inconsistent; use another copy of it";
