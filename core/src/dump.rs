@@ -7,7 +7,8 @@ use crate::error::{DumpError, Refusal};
 use crate::image::{Image, Process, Thread};
 use crate::progress::{Meter, Phase, Progress, Silent};
 use crate::resource::{
-    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, threads,
+    timers,
 };
 use crate::store::ImageWriter;
 use crate::target::Pid;
@@ -104,8 +105,15 @@ fn collect(
     let mut processes = Vec::with_capacity(targets.len());
     for (target, task) in targets.iter_mut().zip(tasks) {
         interruption()?;
-        let mut context =
-            Collect { target: &mut **target, thread: 0, options, refusals: &mut refusals, resource: "tasks" };
+        let answers = threads::ask(&mut **target)?;
+        let mut context = Collect {
+            target: &mut **target,
+            thread: 0,
+            options,
+            refusals: &mut refusals,
+            answers: &answers,
+            resource: "tasks",
+        };
         processes.push(Process {
             task: task.task,
             stopped: task.stopped,

@@ -15,6 +15,7 @@ pub mod batch;
 pub mod dump;
 pub mod error;
 pub mod image;
+pub mod ourselves;
 pub mod plan;
 pub mod procfs;
 pub mod progress;

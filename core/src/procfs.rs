@@ -94,6 +94,16 @@ impl ProcDir {
         Ok(Status(self.text("status")?))
     }
 
+    /// `stat` of one of its threads.
+    pub fn thread_stat(&self, tid: Pid) -> io::Result<Stat> {
+        Stat::parse(&self.read(format!("task/{tid}/stat"))?).ok_or_else(|| invalid("stat", tid))
+    }
+
+    /// `status` of one of its threads.
+    pub fn thread_status(&self, tid: Pid) -> io::Result<Status> {
+        Ok(Status(self.text(format!("task/{tid}/status"))?))
+    }
+
     /// The children of all threads (`task/TID/children`, `CONFIG_PROC_CHILDREN`).
     pub fn children(&self) -> io::Result<Vec<Pid>> {
         let mut children = Vec::new();
@@ -125,6 +135,7 @@ pub struct Stat {
     pub tpgid: i32,
     /// `PF_*` flags of the kernel.
     pub flags: u64,
+    pub nice: i32,
     pub num_threads: u32,
     /// Since boot, in clock ticks: tells a process from a later one with its pid.
     pub starttime: u64,
@@ -166,6 +177,7 @@ impl Stat {
             tty_nr: number(7)? as i32,
             tpgid: number(8)? as i32,
             flags: unsigned(9)?,
+            nice: number(19)? as i32,
             num_threads: number(20)? as u32,
             starttime: unsigned(22)?,
             start_code: unsigned(26)?,

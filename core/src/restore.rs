@@ -4,13 +4,13 @@ use std::sync::atomic::Ordering;
 
 use crate::backend::{RestoreOptions, Restorer, Skeleton};
 use crate::dump::INTERRUPTED;
-use crate::error::RestoreError;
+use crate::error::{DumpError, RestoreError};
 use crate::image::Process;
 use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
-    Rebuild, attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals,
-    timers,
+    Deferred, Rebuild, attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling,
+    signals, threads, timers,
 };
 use crate::store::ImageReader;
 use crate::target::Pid;
@@ -83,6 +83,9 @@ fn rebuild(
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
+    for target in targets.iter_mut() {
+        limits::relax(&mut **target)?;
+    }
     let deleted = files::rebuild_deleted(reader)?;
     let objects = memory::map_all(targets, reader, deleted)?;
     interruption()?;
@@ -95,13 +98,35 @@ fn rebuild(
         interruption()?;
         filler.fill(index, &mut **target, &process.memory, reader, &mut meter)?;
         memory::finish(&mut **target, &process.memory)?;
-        let mut context = Rebuild { target: &mut **target, thread: 0, options, resource: "tasks" };
+    }
+    // Only now that the slow part is done: timers run from here on.
+    for (target, process) in targets.iter_mut().zip(&image.processes) {
+        interruption()?;
+        let initial = threads::ask_main(&mut **target).map_err(asked)?;
+        let mut context = Rebuild {
+            target: &mut **target,
+            thread: 0,
+            options,
+            initial: &initial,
+            deferred: &mut Deferred::default(),
+            resource: "tasks",
+        };
         rebuild_process(&mut context, process)?;
     }
     Ok(())
 }
 
-/// The settings of one process. Order matters: what needs privilege comes before the credentials.
+/// A skeleton that could not be asked what it begins with.
+fn asked(error: DumpError) -> RestoreError {
+    match error {
+        DumpError::Target { resource, pid, source } => RestoreError::Target { resource, pid, source },
+        DumpError::Io { what, source } => RestoreError::Io { what, source },
+        other => RestoreError::Io { what: "asking a skeleton".into(), source: std::io::Error::other(other) },
+    }
+}
+
+/// The settings of one process. Order matters: what needs privilege comes before the credentials, and signals are
+/// queued when their actions are set and those that came by building have been taken.
 fn rebuild_process(context: &mut Rebuild<'_>, process: &Process) -> Result<(), RestoreError> {
     context.rebuild::<filesystem::ProcessFilesystem>(&process.filesystem)?;
     context.rebuild::<signals::ProcessSignals>(&process.signals)?;
@@ -110,17 +135,25 @@ fn rebuild_process(context: &mut Rebuild<'_>, process: &Process) -> Result<(), R
         context.thread = index;
         context.rebuild::<scheduling::ThreadScheduling>(&thread.scheduling)?;
         context.rebuild::<signals::ThreadSignals>(&thread.signals)?;
+        context.rebuild::<attributes::ThreadAttributes>(&thread.attributes)?;
+        context.flush()?;
     }
     context.thread = 0;
+    signals::discard_all(context)?;
     context.rebuild::<timers::ProcessTimers>(&process.timers)?;
+    signals::rebuild_pending(process, context)?;
     context.rebuild::<limits::ResourceLimits>(&process.limits)?;
     for (index, thread) in process.threads.iter().enumerate() {
         context.thread = index;
         context.rebuild::<credentials::ThreadCredentials>(&thread.credentials)?;
-        context.rebuild::<attributes::ThreadAttributes>(&thread.attributes)?;
+        attributes::after_credentials(&thread.attributes, context)?;
+    }
+    context.thread = 0;
+    attributes::finish(&process.attributes, context)?;
+    timers::start(&process.timers, context)?;
+    for (index, thread) in process.threads.iter().enumerate() {
         let set = context.target.set_context(index, &thread.context);
         set.map_err(|source| RestoreError::Target { resource: "registers", pid: process.task.pid, source })?;
     }
-    context.thread = 0;
     Ok(())
 }

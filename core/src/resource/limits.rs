@@ -1,11 +1,49 @@
-//! Resource limits.
+//! Resource limits (`getrlimit`), soft and hard.
+//!
+//! A skeleton begins with the limits of ckpt. While it is being built its soft limits are as high as its hard ones
+//! ([`relax`]), so that a program with more descriptors than our soft limit can be rebuilt; the saved limits come late.
+//! What is counted against them is not saved but counted anew: CPU time begins at zero.
 
+use crate::args;
+use crate::batch::{Batch, Sysno};
 use crate::error::{DumpError, RestoreError};
+use crate::ourselves::{Capability, ourselves};
 use crate::resource::{Check, Collect, OfProcess, Rebuild, Resource};
+use crate::target::{Target, TargetError};
 
-/// Its saved form.
+/// The limits, by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Limits {}
+pub struct Limits {
+    /// One for each `RLIMIT_*`, in the order of their numbers.
+    pub limits: Vec<Limit>,
+}
+
+/// One limit, in its own unit; `RLIM_INFINITY` is `u64::MAX`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    pub soft: u64,
+    pub hard: u64,
+}
+
+/// The names, by number (`asm-generic/resource.h`).
+pub const NAMES: [&str; 16] = [
+    "RLIMIT_CPU",
+    "RLIMIT_FSIZE",
+    "RLIMIT_DATA",
+    "RLIMIT_STACK",
+    "RLIMIT_CORE",
+    "RLIMIT_RSS",
+    "RLIMIT_NPROC",
+    "RLIMIT_NOFILE",
+    "RLIMIT_MEMLOCK",
+    "RLIMIT_AS",
+    "RLIMIT_LOCKS",
+    "RLIMIT_SIGPENDING",
+    "RLIMIT_MSGQUEUE",
+    "RLIMIT_NICE",
+    "RLIMIT_RTPRIO",
+    "RLIMIT_RTTIME",
+];
 
 /// Resource limits.
 pub struct ResourceLimits;
@@ -15,13 +53,71 @@ impl Resource for ResourceLimits {
     type Scope = OfProcess;
     type Saved = Limits;
 
-    fn collect(_context: &mut Collect<'_>) -> Result<Limits, DumpError> {
-        Ok(Limits {})
+    fn collect(context: &mut Collect<'_>) -> Result<Limits, DumpError> {
+        // Asked inside: prlimit(2) on a process of other ids needs CAP_SYS_RESOURCE.
+        let mut batch = Batch::new();
+        let asked = get_all(&mut batch);
+        let replies = context.run(&batch)?;
+        let limits = asked.map(|limit| {
+            let words = replies.words(limit);
+            Limit { soft: words[0], hard: words[1] }
+        });
+        Ok(Limits { limits: limits.to_vec() })
     }
 
-    fn check(_saved: &Limits, _context: &mut Check<'_>) {}
-
-    fn rebuild(_saved: &Limits, _context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
-        Ok(())
+    fn check(saved: &Limits, context: &mut Check<'_>) {
+        if saved.limits.len() != NAMES.len() || saved.limits.iter().any(|limit| limit.soft > limit.hard) {
+            context.refuse("", "they are no set of limits", "the image is damaged");
+            return;
+        }
+        let raising = ourselves().may(Capability::SYS_RESOURCE);
+        for ((limit, ours), name) in saved.limits.iter().zip(ourselves().hard_limits).zip(NAMES) {
+            if limit.hard > ours && !raising {
+                context.refuse(
+                    name,
+                    format!("the hard limit was {}, and that of ckpt is {}", shown(limit.hard), shown(ours)),
+                    "restore with CAP_SYS_RESOURCE, or raise the hard limit of the shell before",
+                );
+            }
+        }
     }
+
+    fn rebuild(saved: &Limits, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        for (number, limit) in saved.limits.iter().enumerate() {
+            let limit = batch.words(&[limit.soft, limit.hard]);
+            batch.call(Sysno::prlimit64, args![0, number, limit, 0]);
+        }
+        context.run(&batch).map(drop)
+    }
+}
+
+fn get_all(batch: &mut Batch) -> [crate::batch::Slot; 16] {
+    std::array::from_fn(|number| {
+        let limit = batch.room(16);
+        batch.call(Sysno::prlimit64, args![0, number, 0, limit]);
+        limit
+    })
+}
+
+fn shown(limit: u64) -> String {
+    if limit == libc::RLIM_INFINITY { "unlimited".into() } else { limit.to_string() }
+}
+
+/// Raises the soft limits of a skeleton to its hard ones, so that none is in the way.
+pub fn relax(target: &mut dyn Target) -> Result<(), RestoreError> {
+    let pid = target.pid();
+    let error = |source: TargetError| RestoreError::Target { resource: ResourceLimits::NAME, pid, source };
+    let mut batch = Batch::new();
+    let asked = get_all(&mut batch);
+    let replies = target.run(&batch).map_err(error)?;
+    let mut batch = Batch::new();
+    for (number, limit) in asked.into_iter().enumerate() {
+        let words = replies.words(limit);
+        if words[0] != words[1] {
+            let limit = batch.words(&[words[1], words[1]]);
+            batch.call(Sysno::prlimit64, args![0, number, limit, 0]);
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { target.run(&batch).map(drop).map_err(error) }
 }

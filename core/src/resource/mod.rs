@@ -16,6 +16,7 @@ pub mod memory;
 pub mod pipes;
 pub mod scheduling;
 pub mod signals;
+pub mod threads;
 pub mod timers;
 
 use crate::backend::{DumpOptions, RestoreOptions};
@@ -97,6 +98,8 @@ pub struct Collect<'a> {
     pub thread: usize,
     pub options: &'a DumpOptions,
     pub refusals: &'a mut Vec<Refusal>,
+    /// What was asked about each thread, once for all kinds ([`threads::ask`]).
+    pub answers: &'a [threads::Answers],
     /// The section being collected.
     pub resource: &'static str,
 }
@@ -109,6 +112,7 @@ impl Collect<'_> {
             thread: self.thread,
             options: self.options,
             refusals: &mut *self.refusals,
+            answers: self.answers,
             resource,
         }
     }
@@ -129,6 +133,11 @@ impl Collect<'_> {
     /// The id of the thread being collected from.
     pub fn tid(&self) -> Pid {
         self.target.threads()[self.thread]
+    }
+
+    /// What was asked about the thread being collected from.
+    pub fn answers(&self) -> &threads::Answers {
+        &self.answers[self.thread]
     }
 
     /// Runs a batch on the thread being collected from.
@@ -197,8 +206,21 @@ pub struct Rebuild<'a> {
     pub target: &'a mut dyn Target,
     pub thread: usize,
     pub options: &'a RestoreOptions,
+    /// What the main thread of the skeleton was like before anything was rebuilt in it. Its other threads are copies of
+    /// it, so what is the same there needs no call.
+    pub initial: &'a threads::Answers,
+    /// Calls that wait to be run on this thread with one wake-up.
+    pub deferred: &'a mut Deferred,
     /// The section being rebuilt.
     pub resource: &'static str,
+}
+
+/// Calls of several kinds for one thread, to be run together.
+#[derive(Debug, Default)]
+pub struct Deferred {
+    batch: Batch,
+    /// Where the calls of each kind begin, for errors.
+    sections: Vec<(usize, &'static str)>,
 }
 
 impl Rebuild<'_> {
@@ -208,9 +230,43 @@ impl Rebuild<'_> {
         R: Resource,
         R::Scope: for<'x> Scope<Rebuild<'x> = Rebuild<'x>>,
     {
-        let mut section =
-            Rebuild { target: &mut *self.target, thread: self.thread, options: self.options, resource: R::NAME };
-        R::rebuild(saved, &mut section)
+        R::rebuild(saved, &mut self.section(R::NAME))
+    }
+
+    /// The same process and thread, with another section's name in all messages.
+    pub fn section(&mut self, resource: &'static str) -> Rebuild<'_> {
+        Rebuild {
+            target: &mut *self.target,
+            thread: self.thread,
+            options: self.options,
+            initial: self.initial,
+            deferred: &mut *self.deferred,
+            resource,
+        }
+    }
+
+    /// The batch for calls that need not run at once: they run on this thread with the next
+    /// [`flush`](Rebuild::flush), in their order.
+    pub fn later(&mut self) -> &mut Batch {
+        let deferred = &mut *self.deferred;
+        if deferred.sections.last().is_none_or(|&(_, resource)| resource != self.resource) {
+            deferred.sections.push((deferred.batch.len(), self.resource));
+        }
+        &mut deferred.batch
+    }
+
+    /// Runs what waits in [`later`](Rebuild::later).
+    pub fn flush(&mut self) -> Result<(), RestoreError> {
+        let Deferred { batch, sections } = std::mem::take(&mut *self.deferred);
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let pid = self.pid();
+        self.target.run_on(self.thread, &batch).map(drop).map_err(|source| {
+            let failed = if let TargetError::Call { index, .. } = source { index } else { 0 };
+            let section = sections.iter().rev().find(|&&(begin, _)| begin <= failed);
+            RestoreError::Target { resource: section.map_or(self.resource, |&(_, resource)| resource), pid, source }
+        })
     }
 
     pub fn pid(&self) -> Pid {
