@@ -181,6 +181,9 @@ impl Place {
                 };
                 (parent.to_path_buf(), name.to_owned(), None)
             }
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+                return Err(refuse("a part of its path is not a directory".into()));
+            }
             Err(source) => return Err(io("cannot be looked at")(source)),
         };
         match File::open(&parent).and_then(|opened| Ok((opened.metadata()?.is_dir(), opened))) {
