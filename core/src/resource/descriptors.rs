@@ -200,6 +200,7 @@ file_kinds! {
     File: super::files::Files,
     Pipe: super::pipes::Pipes,
     Fifo: super::fifos::Fifos,
+    Terminal: super::terminals::Terminals,
 }
 
 impl FileKind {
@@ -209,6 +210,7 @@ impl FileKind {
             FileKind::Device(device) => Some(&device.path),
             FileKind::File(file) => file.path(),
             FileKind::Fifo(fifo) => Some(&fifo.path),
+            FileKind::Terminal(terminal) => Some(&terminal.path),
             #[allow(unreachable_patterns)]
             _ => None,
         }

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod pipes;
 pub mod scheduling;
 pub mod signals;
+pub mod terminals;
 pub mod threads;
 pub mod timers;
 

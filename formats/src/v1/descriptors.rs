@@ -1,6 +1,6 @@
 //! Descriptor tables and open file descriptions.
 
-use crate::v1::{devices, fifos, files, pipes};
+use crate::v1::{devices, fifos, files, pipes, terminals};
 use crate::wire::{wire_enum, wire_struct};
 
 wire_struct! {
@@ -40,5 +40,6 @@ wire_enum! {
         File(files::FileV1),
         Pipe(pipes::PipeV1),
         Fifo(fifos::FifoV1),
+        Terminal(terminals::TerminalV1),
     }
 }

@@ -28,6 +28,7 @@ pub mod registers;
 pub mod scheduling;
 pub mod signals;
 pub mod tasks;
+pub mod terminals;
 pub mod timers;
 
 use serde::{Deserialize, Serialize};
