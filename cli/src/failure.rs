@@ -53,15 +53,20 @@ fn line(message: &str) {
 
 fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        if cause.is::<Usage>() {
-            return BAD_USAGE;
-        }
+        // The phases' errors pass a store's on as their own, without a level between.
+        let store = match (cause.downcast_ref(), cause.downcast_ref()) {
+            (Some(DumpError::Store(store)), _) | (_, Some(RestoreError::Store(store))) => Some(store),
+            _ => cause.downcast_ref(),
+        };
         let refused = cause.is::<Refused>()
             || matches!(cause.downcast_ref(), Some(DumpError::Unsupported(_) | DumpError::NotDumpable { .. }))
             || matches!(cause.downcast_ref(), Some(RestoreError::Refused(_)))
-            || matches!(cause.downcast_ref(), Some(StoreError::NewerVersion { .. }));
+            || matches!(store, Some(StoreError::NewerVersion { .. }));
         if refused {
             return REFUSED;
+        }
+        if cause.is::<Usage>() {
+            return BAD_USAGE;
         }
     }
     FAILED

@@ -62,6 +62,6 @@ mod tests {
         let pages = super::pages().unwrap();
         let names: Vec<&str> = pages.iter().map(|(name, _)| name.as_str()).collect();
         assert!(names.starts_with(&["ckpt.1", "ckpt-dump.1", "ckpt-restore.1"]), "{names:?}");
-        assert!(String::from_utf8_lossy(&pages[0].1).contains("found before anything was touched"));
+        assert!(String::from_utf8_lossy(&pages[0].1).contains("bad usage"));
     }
 }

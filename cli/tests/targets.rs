@@ -94,7 +94,7 @@ fn a_traced_process() {
     nix::sys::ptrace::interrupt(pid).unwrap();
     nix::sys::wait::waitpid(pid, None).unwrap();
     nix::sys::ptrace::detach(pid, None).unwrap();
-    outcome.assert_error(REFUSED, &["traced", &std::process::id().to_string()]);
+    outcome.assert_error(REFUSED, &["traced", &nix::unistd::gettid().to_string()]);
     assert_ne!(tracer, "0", "its tracer has lost it");
     workshop.assert_no_image();
     subject.assert_unharmed();
