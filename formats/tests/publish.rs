@@ -223,16 +223,9 @@ fn full_disk() {
     assert!(is_full(&error), "{error:?}");
     drop(writer);
 
-    let writer = ckpt_formats::create(&place.join("manifest")).unwrap();
+    let writer = filled(&place.join("manifest"));
     let mut image = common::image_of(1);
     image.losses = vec!["x".repeat(2 << 20)];
-    image.files.clear();
-    image.memory_objects.clear();
-    image.deleted_files.clear();
-    image.processes.iter_mut().for_each(|process| {
-        process.memory.mappings.clear();
-        process.descriptors.descriptors.clear();
-    });
     let error = writer.publish(&image).unwrap_err();
     assert!(is_full(&error), "{error:?}");
     assert_eq!(names(&place), [""; 0]);
