@@ -82,7 +82,7 @@ pub fn run(backend: Option<&str>, _verb: &Demo) -> anyhow::Result<ExitCode> {
     ensure!(after.rounds > before.rounds, "its threads do not work any more");
     ensure!(after.threads == before.threads, "it had {} threads and has {}", before.threads, after.threads);
     let verdict = program.end()?;
-    ensure!(verdict == "", "it says: {verdict}");
+    ensure!(verdict.is_empty(), "it says: {verdict}");
     let lines = check_lines(&workshop.directory)?;
     output::tell(&format!(
         "  goes on   as process {pid}, with its {} threads\n\

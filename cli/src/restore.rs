@@ -53,25 +53,24 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     sys::interrupt_on_signals();
     let reader = ckpt_formats::open(&verb.directory)?;
     let options = RestoreOptions { shell_job: verb.shell_job };
+    // A restore that fails gives its settings back.
+    let terminal = if verb.shell_job { Terminal::open() } else { None };
     let mut bar = Bar::new();
     let prepared = prepare(&*restorer, &*reader, &options, &mut bar)?;
     drop(bar);
 
     let root = prepared.root();
-    let terminal = if verb.shell_job { Terminal::open() } else { None };
     // From here on signals wait: what comes before the release undoes it, what comes after it is passed on.
     let signals = (!verb.detach).then(supervise::Signals::hold).transpose()?;
     if let Some(pidfile) = &mut pidfile {
         pidfile.write(root)?;
     }
-    if let Some(terminal) = &terminal {
+    if let Some(terminal) = terminal.as_ref().filter(|_| !verb.detach) {
         terminal.give(root);
     }
-    if let Err(error) = prepared.release() {
-        if let Some(terminal) = &terminal {
-            terminal.take_back();
-        }
-        return Err(error.into());
+    prepared.release()?;
+    if let Some(terminal) = &terminal {
+        terminal.keep_settings();
     }
     if let Some(pidfile) = pidfile {
         pidfile.keep();

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{getpgid, getpgrp, tcgetpgrp, tcsetpgrp};
 
@@ -193,13 +194,16 @@ pub struct Terminal {
     device: File,
     /// The group that we made the foreground one.
     given: Cell<Option<i32>>,
+    /// As they were, to be put back should the restore fail.
+    settings: Cell<Option<Termios>>,
 }
 
 impl Terminal {
     /// None without a controlling terminal.
     pub fn open() -> Option<Terminal> {
         let device = File::options().read(true).write(true).open("/dev/tty").ok()?;
-        Some(Terminal { device, given: Cell::new(None) })
+        let settings = Cell::new(tcgetattr(&device).ok());
+        Some(Terminal { device, given: Cell::new(None), settings })
     }
 
     /// Makes a process's group the foreground one, if we are that now. One in the background stays there.
@@ -221,15 +225,34 @@ impl Terminal {
         }
     }
 
+    /// The tree goes on, and its settings with it.
+    pub fn keep_settings(&self) {
+        self.settings.take();
+    }
+
     fn set(&self, group: i32) {
-        // From the background this would stop us.
-        let ttou = SigSet::from(Signal::SIGTTOU);
-        let blocked = ttou.thread_block();
-        if let Err(error) = tcsetpgrp(&self.device, nix::unistd::Pid::from_raw(group)) {
+        if let Err(error) = unstopped(|| tcsetpgrp(&self.device, nix::unistd::Pid::from_raw(group))) {
             tracing::warn!("the terminal cannot be given to group {group}: {error}");
         }
-        if blocked.is_ok() {
-            let _ = ttou.thread_unblock();
+    }
+}
+
+/// Does something to the terminal that would stop us in the background (SIGTTOU).
+fn unstopped<T>(action: impl FnOnce() -> T) -> T {
+    let ttou = SigSet::from(Signal::SIGTTOU);
+    let blocked = ttou.thread_block();
+    let done = action();
+    if blocked.is_ok() {
+        let _ = ttou.thread_unblock();
+    }
+    done
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Some(settings) = self.settings.take() {
+            self.take_back();
+            let _ = unstopped(|| tcsetattr(&self.device, SetArg::TCSANOW, &settings));
         }
     }
 }
