@@ -2,13 +2,19 @@
 
 use crate::case::Case;
 
+mod calls;
+mod memory;
 mod programs;
+mod registers;
 mod tasks;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
-        programs::cases, //
+        calls::cases, //
+        memory::cases,
+        programs::cases,
+        registers::cases,
         tasks::cases,
     ];
     files.iter().flat_map(|cases| cases()).collect()
