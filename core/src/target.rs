@@ -233,6 +233,8 @@ pub struct Footprint {
     pub fds: Vec<RemoteFd>,
     /// The lowest descriptor number above all of the program's: temporary ones go here.
     pub spare_fds: i32,
+    /// Skeletons: where the kernel's own mappings (`[vdso]`, `[vvar]`, ...) are kept until they get their place.
+    pub special: Vec<(String, std::ops::Range<u64>)>,
 }
 
 /// What `kcmp` compares.

@@ -286,6 +286,7 @@ impl Target for FrozenTarget {
             mappings: vec![self.region.0..self.region.0 + self.region.1],
             fds: self.channel.their_socket().into_iter().collect(),
             spare_fds: 0,
+            special: Vec::new(),
         }
     }
 

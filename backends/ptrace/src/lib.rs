@@ -4,13 +4,16 @@
 mod entrance;
 mod freeze;
 mod frozen;
+mod release;
 mod restart;
+mod skeleton;
 #[allow(unsafe_code)]
 mod sys;
 mod tracee;
 
-use ckpt_core::backend::{Availability, Backend, Capability, DumpOptions, Dumper, Frozen, Probe};
-use ckpt_core::{DumpError, Pid, inventory, resource};
+use ckpt_core::backend::{Availability, Backend, Capability, DumpOptions, Dumper, Frozen, Probe, Restorer, Skeleton};
+use ckpt_core::resource::memory::{Eager, Filler};
+use ckpt_core::{DumpError, Image, Pid, Refusal, RestoreError, inventory, resource};
 
 inventory::submit! {
     Backend {
@@ -19,7 +22,7 @@ inventory::submit! {
         capability,
         probe,
         dumper: Some(|| Box::new(PtraceDumper)),
-        restorer: None,
+        restorer: Some(|| Box::new(PtraceRestorer)),
     }
 }
 
@@ -43,5 +46,22 @@ pub struct PtraceDumper;
 impl Dumper for PtraceDumper {
     fn freeze(&self, root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError> {
         frozen::freeze(root, options)
+    }
+}
+
+/// Builds trees with `clone3(set_tid)`, and releases them by ptrace(2).
+pub struct PtraceRestorer;
+
+impl Restorer for PtraceRestorer {
+    fn check(&self, _image: &Image) -> Vec<Refusal> {
+        Vec::new()
+    }
+
+    fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError> {
+        Ok(Box::new(skeleton::build(image)?))
+    }
+
+    fn filler(&self) -> Box<dyn Filler> {
+        Box::new(Eager)
     }
 }

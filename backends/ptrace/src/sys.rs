@@ -184,3 +184,57 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
         unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<u8>(), 0) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// `struct clone_args` (linux/sched.h), all 88 bytes of it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct CloneArguments {
+    pub flags: u64,
+    pub pidfd: u64,
+    pub child_tid: u64,
+    pub parent_tid: u64,
+    pub exit_signal: u64,
+    pub stack: u64,
+    pub stack_size: u64,
+    pub tls: u64,
+    pub set_tid: u64,
+    pub set_tid_size: u64,
+    pub cgroup: u64,
+}
+
+const _: () = assert!(size_of::<CloneArguments>() == 88);
+
+/// Makes a child with a chosen pid that runs nothing but the agent, from its first instruction after `clone3`.
+///
+/// The region has to be mapped, at the address that `entry` and `lane` are in.
+pub fn spawn_agent(pid: Pid, exit_signal: i32, entry: u64, lane: u64, stack_top: u64) -> io::Result<()> {
+    let set_tid = pid.0;
+    let arguments = CloneArguments {
+        exit_signal: exit_signal as u64,
+        set_tid: &raw const set_tid as u64,
+        set_tid_size: 1,
+        ..CloneArguments::default()
+    };
+    let all = u64::MAX;
+    let mut before = 0u64;
+    // SAFETY: masks of 8 bytes, as the kernel has them. The child has to start with everything blocked.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const all, &raw mut before, 8);
+    }
+    // SAFETY: without CLONE_VM and a stack, this is fork: the child has a copy of our memory, and leaves it at once.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArguments>()) };
+    if result == 0 {
+        // SAFETY: the region is mapped with the agent's code at `entry`, and the stack belongs to the lane. Nothing of ours
+        // runs in the child, so that it does not matter in what state our copy of the memory is.
+        unsafe {
+            std::arch::asm!("mov rsp, {stack}", "jmp {entry}", stack = in(reg) stack_top, entry = in(reg) entry,
+                in("rdi") lane, options(noreturn));
+        }
+    }
+    let error = io::Error::last_os_error();
+    // SAFETY: as above.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const before, std::ptr::null::<u64>(), 8);
+    }
+    if result < 0 { Err(error) } else { Ok(()) }
+}

@@ -83,6 +83,27 @@ impl Tracee {
         Ok(tracee)
     }
 
+    /// Takes over a thread of a skeleton, seized and stopped in its agent, which is to go on with a context.
+    pub fn of_skeleton(tid: Pid, context: &Context) -> Tracee {
+        Tracee {
+            tid,
+            original: context.registers.general,
+            blocked: context.blocked,
+            xsave: context.registers.xsave.clone(),
+            rseq: context.rseq,
+            ready: context.registers.general,
+            position: Position::Injected,
+            foothold: None,
+        }
+    }
+
+    /// A thread of a skeleton gets what it goes on with.
+    pub fn set_context(&self) -> Result<(), TraceError> {
+        sys::set_xsave(self.tid, &self.xsave)?;
+        sys::set_blocked(self.tid, self.blocked)?;
+        Ok(sys::set_general(self.tid, &self.ready)?)
+    }
+
     /// A restartable sequence (rseq(2)) that was interrupted ends at its abort handler, as the kernel would have it: it
     /// cannot see the program's instruction pointer once we have moved it.
     fn leave_critical_section(&mut self, process: &Process) {
@@ -115,11 +136,6 @@ impl Tracee {
 
     pub fn is_agent(&self) -> bool {
         self.position == Position::Agent
-    }
-
-    /// The registers it was found with.
-    pub fn original(&self) -> &General {
-        &self.original
     }
 
     /// Whether the frames fit below its stack.

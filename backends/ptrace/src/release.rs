@@ -1,0 +1,115 @@
+//! The release: the whole tree goes on at once, and nothing of us stays in it.
+//!
+//! Every thread of the tree is brought to a ptrace stop inside its agent. Should we be lost until then, the agents end.
+//! One store commits: from there on an agent that loses us hands its thread to the program, through the frame in its lane.
+//! Then each thread gets its registers, the agents' mapping is removed, and all are let go.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use ckpt_agent::process::Process;
+use ckpt_core::Target;
+use ckpt_core::error::RestoreError;
+use ckpt_core::procfs::Mapping;
+
+use crate::entrance::{self, Search};
+use crate::skeleton::{SkeletonTarget, SkeletonTree};
+use crate::sys;
+use crate::tracee::{self, TraceError, Tracee};
+
+pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
+    let mut stopped = Vec::new();
+    for target in tree.each() {
+        stopped.push(stop(target)?);
+    }
+    tree.region.commit();
+    tree.released = true;
+    let mut search = Search::default();
+    let mut first_error = None;
+    for (target, tracees) in tree.each().zip(&mut stopped) {
+        if let Err(error) = hand_over(target, tracees, &mut search) {
+            // The tree is committed: what is left to do, the agents do themselves when we let go of them.
+            first_error.get_or_insert(failed(target, error));
+        }
+    }
+    for (target, tracees) in tree.each().zip(&stopped) {
+        if target.stopped {
+            let _ = sys::pidfd_send_signal(target.process().pidfd().as_fd(), libc::SIGSTOP);
+        }
+        for tracee in tracees {
+            let _ = sys::detach(tracee.tid, 0);
+        }
+    }
+    first_error.map_or(Ok(()), Err)
+}
+
+fn failed(target: &SkeletonTarget, error: TraceError) -> RestoreError {
+    RestoreError::Io {
+        what: format!("releasing process {}", target.pid()),
+        source: match error {
+            TraceError::Io(source) => source,
+            other => std::io::Error::other(other.to_string()),
+        },
+    }
+}
+
+/// Stops all threads of a process in their agents.
+fn stop(target: &SkeletonTarget) -> Result<Vec<Tracee>, RestoreError> {
+    let attempt = || -> Result<Vec<Tracee>, TraceError> {
+        for &tid in target.threads() {
+            sys::seize(tid)?;
+            sys::interrupt(tid)?;
+        }
+        let mut tracees = Vec::new();
+        for (&tid, context) in target.threads().iter().zip(&target.contexts) {
+            match tracee::wait(tid, Duration::from_secs(10))? {
+                sys::Stop::Interrupted | sys::Stop::Group(_) => {}
+                _ => return Err(TraceError::Ended(tid)),
+            }
+            let context = context.as_ref().expect("every thread of a skeleton has a context");
+            tracees.push(Tracee::of_skeleton(tid, context));
+        }
+        Ok(tracees)
+    };
+    attempt().map_err(|error| failed(target, error))
+}
+
+/// Gives every thread its registers, the main thread last: as long as it is in the agent, it wakes those that are.
+fn hand_over(target: &mut SkeletonTarget, tracees: &mut [Tracee], search: &mut Search) -> Result<(), TraceError> {
+    let (main, others) = tracees.split_first_mut().expect("a process has a thread");
+    for tracee in &*others {
+        tracee.set_context()?;
+    }
+    let socket = target.agent_fd().0 as u64;
+    let ours = target.ours();
+    let unmap = [ours.start, ours.end - ours.start, 0, 0, 0, 0];
+    let process = target.process();
+    let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
+    let entrance = search.entrance(process, &mappings)?;
+    // On the main thread; where its stack has no room for the way back, on another that has.
+    let mut on = inject_leave(process, main, &entrance, unmap, socket);
+    for tracee in others {
+        if !matches!(on, Err(TraceError::NoStack(_))) {
+            break;
+        }
+        on = inject_leave(process, tracee, &entrance, unmap, socket).and_then(|()| tracee.put_back(process));
+    }
+    if !matches!(on, Err(TraceError::NoStack(_))) {
+        on?;
+    }
+    main.put_back(process)?;
+    entrance::remove_stub(process, &entrance);
+    Ok(())
+}
+
+fn inject_leave(
+    process: &Process,
+    tracee: &mut Tracee,
+    entrance: &entrance::Entrance,
+    unmap: [u64; 6],
+    socket: u64,
+) -> Result<(), TraceError> {
+    tracee.inject(process, entrance, libc::SYS_munmap, unmap)?;
+    tracee.inject(process, entrance, libc::SYS_close, [socket, 0, 0, 0, 0, 0])?;
+    Ok(())
+}
