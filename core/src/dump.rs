@@ -137,7 +137,7 @@ fn collect(
         interruption()?;
         memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
     }
-    let memory_objects = objects.write(targets, store, &mut meter)?;
+    let memory_objects = objects.write(store, &mut meter)?;
     let deleted_files = objects.deleted.write(store)?;
     Ok(Image {
         host,

@@ -56,3 +56,10 @@ impl<'a> Meter<'a> {
         *self.total.get_or_insert(0) += bytes;
     }
 }
+
+impl Meter<'static> {
+    /// For work whose progress is shown elsewhere.
+    pub fn silent() -> Meter<'static> {
+        Meter { progress: Box::leak(Box::new(Silent)), done: 0, total: None }
+    }
+}

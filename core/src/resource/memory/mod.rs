@@ -1,15 +1,27 @@
 //! Address spaces: mappings, pages, heap, vdso, and memory that several mappings or descriptors share.
+//!
+//! Three steps each way. Dump: [`collect`] reads what is mapped (`/proc/PID/smaps`), [`write_pages`] has the target write
+//! its own pages into the image, [`Objects::write`] copies shared memory. Restore: [`map_all`] makes the mappings, a
+//! [`Filler`] brings the pages in, [`finish`] sets what may be set only then.
+//!
+//! Not visible to anyone, and so not kept: `mlockall(MCL_FUTURE)`, and protection keys that are allocated but not used.
 
-use std::os::fd::OwnedFd;
+mod collect;
+mod objects;
+mod pages;
+mod rebuild;
+
+pub use collect::collect;
+pub use objects::{Objects, Rebuilt};
+pub use pages::{Eager, Filler, write_pages};
+pub use rebuild::{check, finish, map_all};
+
 use std::path::PathBuf;
 
-use crate::error::{DumpError, RestoreError};
 use crate::image::Image;
-use crate::progress::Meter;
-use crate::resource::files::{DeletedFiles, DeletedId, Identity};
-use crate::resource::{Check, Collect};
-use crate::store::{ImageReader, ImageWriter, PageExtent};
-use crate::target::{PAGE_SIZE, Target};
+use crate::resource::files::{DeletedId, Identity};
+use crate::store::PageExtent;
+use crate::target::PAGE_SIZE;
 
 /// The section name.
 pub const NAME: &str = "memory";
@@ -86,7 +98,7 @@ pub enum Source {
         /// Opened for writing: `mprotect` may make a shared mapping writable.
         writable: bool,
     },
-    /// A file that was deleted: see [`DeletedFiles`].
+    /// A file that was deleted: see [`DeletedFiles`](crate::resource::files::DeletedFiles).
     Deleted {
         id: DeletedId,
         /// In bytes.
@@ -120,99 +132,10 @@ pub enum ObjectKind {
     Memfd { name: Vec<u8>, flags: u32, seals: u32, mode: u32, uid: u32, gid: u32 },
 }
 
-/// The objects of a tree, as they are found.
-#[derive(Debug, Default)]
-pub struct Objects {
-    /// Deleted files, of descriptors and mappings.
-    pub deleted: DeletedFiles,
-}
-
-/// The objects of a skeleton, as descriptors of ours.
-#[derive(Debug, Default)]
-pub struct Rebuilt {
-    pub objects: Vec<OwnedFd>,
-    /// The deleted files, by [`DeletedId`], open for reading and writing.
-    pub deleted: Vec<OwnedFd>,
-}
-
-/// Brings the pages of an image into a skeleton whose mappings are there.
-pub trait Filler {
-    /// Fills the private pages of one process.
-    fn fill(
-        &mut self,
-        process: usize,
-        target: &mut dyn Target,
-        memory: &Memory,
-        reader: &dyn ImageReader,
-        meter: &mut Meter<'_>,
-    ) -> Result<(), RestoreError>;
-}
-
-/// Reads every page before the release.
-pub struct Eager;
-
-impl Filler for Eager {
-    fn fill(
-        &mut self,
-        _process: usize,
-        _target: &mut dyn Target,
-        _memory: &Memory,
-        _reader: &dyn ImageReader,
-        _meter: &mut Meter<'_>,
-    ) -> Result<(), RestoreError> {
-        Ok(())
-    }
-}
-
 /// Bytes of page data in an image.
 pub fn page_bytes(image: &Image) -> u64 {
     let private =
         image.processes.iter().flat_map(|process| &process.memory.mappings).flat_map(|mapping| &mapping.pages);
     let shared = image.memory_objects.iter().flat_map(|object| &object.pages);
     private.chain(shared).map(|pages| pages.extent.pages * PAGE_SIZE).sum()
-}
-
-/// Collects the mappings of a process, without their pages.
-pub fn collect(_context: &mut Collect<'_>, _objects: &mut Objects) -> Result<Memory, DumpError> {
-    todo!()
-}
-
-/// Has the target write its pages into the image.
-pub fn write_pages(
-    _target: &mut dyn Target,
-    _memory: &mut Memory,
-    _store: &mut dyn ImageWriter,
-    _meter: &mut Meter<'_>,
-) -> Result<(), DumpError> {
-    todo!()
-}
-
-impl Objects {
-    /// Writes the content of all objects into the image.
-    pub fn write(
-        &mut self,
-        _targets: &mut [Box<dyn Target>],
-        _store: &mut dyn ImageWriter,
-        _meter: &mut Meter<'_>,
-    ) -> Result<Vec<Object>, DumpError> {
-        todo!()
-    }
-}
-
-pub fn check(_memory: &Memory, _context: &mut Check<'_>) {}
-
-/// Clears every skeleton and makes the mappings of the image, without their pages.
-///
-/// `deleted` are the deleted files of the image, by [`DeletedId`]; they go into what is returned.
-pub fn map_all(
-    _targets: &mut [Box<dyn Target>],
-    _reader: &dyn ImageReader,
-    _deleted: Vec<OwnedFd>,
-) -> Result<Rebuilt, RestoreError> {
-    todo!()
-}
-
-/// Final protections, locks and advice, and the layout.
-pub fn finish(_target: &mut dyn Target, _memory: &Memory) -> Result<(), RestoreError> {
-    todo!()
 }

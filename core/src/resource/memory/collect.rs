@@ -1,0 +1,217 @@
+//! What is mapped: `/proc/PID/smaps`, `/proc/PID/map_files`, `/proc/PID/auxv`, and the layout in `/proc/PID/stat`.
+
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use nix::sys::stat::FileStat;
+
+use crate::args;
+use crate::batch::{Batch, Sysno};
+use crate::error::DumpError;
+use crate::procfs;
+use crate::resource::Collect;
+use crate::resource::files::{Identity, Located, locate};
+use crate::resource::memory::{Layout, Mapping, Memory, Objects, Source};
+
+/// `VmFlags` that are brought back, in the order of their `madvise`.
+pub(super) const KEPT_FLAGS: &[&str] = &["dc", "dd", "gd", "hg", "lf", "lo", "mg", "nh", "nr", "rr", "sl", "sr", "wf"];
+
+/// `VmFlags` of memory that cannot be brought back: which, what it is, what helps.
+const REFUSED_FLAGS: &[(&str, &str, &str)] = &[
+    ("ht", "huge-page memory (hugetlb) is not supported", "use transparent huge pages"),
+    ("io", "memory of a device is not supported", "have the program release the device before the dump"),
+    ("pf", "memory of a device is not supported", "have the program release the device before the dump"),
+    ("um", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
+    ("uw", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
+    ("ui", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
+    ("ss", "shadow stacks are not supported", "start the program without GLIBC_TUNABLES=glibc.cpu.x86_shstk"),
+];
+
+/// Collects the mappings of a process, without their pages.
+pub fn collect(context: &mut Collect<'_>, objects: &mut Objects) -> Result<Memory, DumpError> {
+    let proc = context.target.proc();
+    let smaps = proc.read("smaps").map_err(|error| context.io_error("smaps", error))?;
+    let stat = proc.stat_line().map_err(|error| context.io_error("stat", error))?;
+    let auxv = proc.read("auxv").map_err(|error| context.io_error("auxv", error))?;
+    let all = procfs::Mapping::parse_all(&smaps)
+        .ok_or_else(|| context.io_error("smaps", std::io::ErrorKind::InvalidData.into()))?;
+
+    let mut batch = Batch::new();
+    let brk = batch.call(Sysno::brk, args![0]);
+    let brk = context.run(&batch)?.value(brk);
+    let layout = Layout {
+        start_code: stat.start_code,
+        end_code: stat.end_code,
+        start_data: stat.start_data,
+        end_data: stat.end_data,
+        start_brk: stat.start_brk,
+        brk,
+        start_stack: stat.start_stack,
+        arg_start: stat.arg_start,
+        arg_end: stat.arg_end,
+        env_start: stat.env_start,
+        env_end: stat.env_end,
+    };
+
+    let ours = context.target.footprint().mappings;
+    let mut known = HashMap::new();
+    let mut mappings = Vec::with_capacity(all.len());
+    for found in &all {
+        let is_ours = ours.iter().any(|range| range.contains(&found.start));
+        if is_ours || found.name.as_os_str() == "[vsyscall]" {
+            continue;
+        }
+        mappings.extend(collect_mapping(context, objects, &mut known, found)?);
+    }
+    let (exe, exe_identity) = collect_exe(context)?;
+    Ok(Memory { mappings, layout, auxv, exe, exe_identity })
+}
+
+fn subject(found: &procfs::Mapping) -> String {
+    let name = found.name.display().to_string();
+    let name = if name.is_empty() { "anonymous".to_string() } else { name };
+    format!("mapping {:x}-{:x} ({name})", found.start, found.end)
+}
+
+/// Inodes of mappings that were looked at already: mostly a library is mapped in several parts.
+type Known = HashMap<(u32, u32, u64), (std::ffi::OsString, FileStat)>;
+
+fn collect_mapping(
+    context: &mut Collect<'_>,
+    objects: &mut Objects,
+    known: &mut Known,
+    found: &procfs::Mapping,
+) -> Result<Option<Mapping>, DumpError> {
+    let name = found.name.as_os_str().as_bytes();
+    for (flag, why, help) in REFUSED_FLAGS {
+        if found.has(flag) && !name.starts_with(b"[v") {
+            context.refuse(subject(found), *why, *help);
+            return Ok(None);
+        }
+    }
+    if found.protection_key != 0 {
+        let help = "start the program without memory protection keys";
+        context.refuse(subject(found), "memory protection keys are not supported", help);
+        return Ok(None);
+    }
+    let source = if name == b"[vdso]" {
+        Source::Vdso
+    } else if name.starts_with(b"[vvar") {
+        Source::Vvar
+    } else if found.inode != 0 {
+        match file_source(context, objects, known, found)? {
+            Some(source) => source,
+            None => return Ok(None),
+        }
+    } else if name.is_empty() || name == b"[heap]" || name.starts_with(b"[stack") || name.starts_with(b"[anon:") {
+        Source::Anonymous
+    } else {
+        context.refuse(subject(found), "this kind of memory is not supported", "have the program unmap it");
+        return Ok(None);
+    };
+    let anonymous_name = name.strip_prefix(b"[anon:").and_then(|name| name.strip_suffix(b"]")).map(<[u8]>::to_vec);
+    let mut protection = libc::PROT_NONE;
+    for (is_set, bit) in
+        [(found.read, libc::PROT_READ), (found.write, libc::PROT_WRITE), (found.execute, libc::PROT_EXEC)]
+    {
+        protection |= if is_set { bit } else { 0 };
+    }
+    // Whether it counts towards the commit limit is not only a matter of what it is now: see rebuild.rs.
+    let mut flags: Vec<[u8; 2]> = KEPT_FLAGS
+        .iter()
+        .chain(&["ac"])
+        .filter(|flag| found.has(flag))
+        .map(|flag| <[u8; 2]>::try_from(flag.as_bytes()).expect("two letters"))
+        .collect();
+    flags.sort_unstable();
+    Ok(Some(Mapping {
+        start: found.start,
+        end: found.end,
+        protection,
+        shared: found.shared,
+        source,
+        flags,
+        anonymous_name,
+        protection_key: 0,
+        pages: Vec::new(),
+    }))
+}
+
+/// What a mapping with an inode is of.
+fn file_source(
+    context: &mut Collect<'_>,
+    objects: &mut Objects,
+    known: &mut Known,
+    found: &procfs::Mapping,
+) -> Result<Option<Source>, DumpError> {
+    let path = format!("map_files/{:x}-{:x}", found.start, found.end);
+    let proc = context.target.proc();
+    let key = (found.major, found.minor, found.inode);
+    if !known.contains_key(&key) {
+        let looked = proc.link(&path).and_then(|link| Ok((link, proc.stat(&path)?)));
+        match looked {
+            Ok(looked) => known.insert(key, looked),
+            Err(error) => return Err(context.io_error(&path, error)),
+        };
+    }
+    let (link, stat) = &known[&key];
+    // Only a shared mapping of a file that was opened for writing may be made writable.
+    let writable = found.shared && found.has("mw");
+    let offset = found.offset;
+    let text = link.as_bytes();
+    if text.starts_with(b"/memfd:") || (text == b"/dev/zero (deleted)" && stat.st_mode & libc::S_IFMT == libc::S_IFREG) {
+        return match objects.add(context.target, &path, link, stat) {
+            Ok(Ok(id)) => Ok(Some(Source::Object { id, offset, writable })),
+            Ok(Err(why)) => {
+                context.refuse(subject(found), why, "have the program unmap it");
+                Ok(None)
+            }
+            Err(error) => Err(context.io_error(&path, error)),
+        };
+    }
+    if text.starts_with(b"/SYSV") || text.starts_with(b"/[aio]") || text.starts_with(b"anon_inode:") {
+        let why = "memory of System V segments, asynchronous I/O and the like is not supported";
+        context.refuse(subject(found), why, "have the program release it before the dump");
+        return Ok(None);
+    }
+    match locate(link, stat) {
+        Located::Path(path) => match stat.st_mode & libc::S_IFMT {
+            libc::S_IFREG => {
+                Ok(Some(Source::File { path, identity: Identity::of(stat), offset, writable }))
+            }
+            libc::S_IFCHR if path.as_os_str() == "/dev/zero" && !found.shared => Ok(Some(Source::Anonymous)),
+            _ => {
+                let why = "memory of a device is not supported";
+                context.refuse(subject(found), why, "have the program release the device before the dump");
+                Ok(None)
+            }
+        },
+        Located::Deleted => match objects.deleted.add(context.target.proc(), &path, stat, link) {
+            Ok(id) => Ok(Some(Source::Deleted { id, offset, writable })),
+            Err(error) => Err(context.io_error(&path, error)),
+        },
+        Located::Elsewhere(why) => {
+            context.refuse(subject(found), why, "");
+            Ok(None)
+        }
+    }
+}
+
+fn collect_exe(context: &mut Collect<'_>) -> Result<(PathBuf, Identity), DumpError> {
+    let proc = context.target.proc();
+    let looked = proc.link("exe").and_then(|link| Ok((link, proc.stat("exe")?)));
+    let (link, stat) = looked.map_err(|error| context.io_error("exe", error))?;
+    match locate(&link, &stat) {
+        Located::Path(path) => Ok((path, Identity::of(&stat))),
+        Located::Deleted => {
+            let why = "the program's own file was deleted or replaced since it started";
+            context.refuse(format!("executable {}", link.display()), why, "restart the program from its new file");
+            Ok((PathBuf::from(link), Identity::of(&stat)))
+        }
+        Located::Elsewhere(why) => {
+            context.refuse(format!("executable {}", link.display()), why, "");
+            Ok((PathBuf::from(link), Identity::of(&stat)))
+        }
+    }
+}

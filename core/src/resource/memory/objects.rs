@@ -1,0 +1,299 @@
+//! Memory that no path leads to and that mappings and descriptors share: `MAP_SHARED | MAP_ANONYMOUS`, and memfds.
+//!
+//! Such an object is saved once for the tree, by its inode, and made again once: a memfd by `memfd_create`, anonymous
+//! shared memory by a mapping in the first process, whose file `/proc/PID/map_files` gives to everyone.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, fchown};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::{FileStat, Mode, fchmod};
+use nix::unistd::{Whence, ftruncate, lseek};
+
+use crate::args;
+use crate::batch::{Batch, Sysno};
+use crate::error::{DumpError, RestoreError};
+use crate::progress::Meter;
+use crate::resource::files::DeletedFiles;
+use crate::resource::memory::{NAME, Object, ObjectId, ObjectKind, Pages};
+use crate::store::{ImageReader, ImageWriter, PageExtent};
+use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
+
+/// The objects of a tree, as they are found.
+#[derive(Debug, Default)]
+pub struct Objects {
+    /// Deleted files, of descriptors and mappings.
+    pub deleted: DeletedFiles,
+    found: Vec<Found>,
+    by_inode: HashMap<(u64, u64), ObjectId>,
+}
+
+#[derive(Debug)]
+struct Found {
+    object: Object,
+    content: File,
+}
+
+/// The objects of a skeleton, as descriptors of ours.
+#[derive(Debug, Default)]
+pub struct Rebuilt {
+    pub objects: Vec<OwnedFd>,
+    /// The deleted files, by [`DeletedId`](crate::resource::files::DeletedId), open for reading and writing.
+    pub deleted: Vec<OwnedFd>,
+}
+
+/// The name of a memfd, from what its link says.
+pub fn memfd_name(link: &OsStr) -> Option<&[u8]> {
+    link.as_bytes().strip_prefix(b"/memfd:")?.strip_suffix(b" (deleted)")
+}
+
+impl Objects {
+    /// Notes an object that a link of `/proc/PID` (`fd/3`, `map_files/..`) leads to. The inner error says why it cannot
+    /// be saved.
+    pub fn add(
+        &mut self,
+        target: &dyn Target,
+        path: &str,
+        link: &OsStr,
+        stat: &FileStat,
+    ) -> io::Result<Result<ObjectId, String>> {
+        let inode = (stat.st_dev, stat.st_ino);
+        if let Some(&known) = self.by_inode.get(&inode) {
+            return Ok(Ok(known));
+        }
+        let content = target.proc().open_with(path, OFlag::O_RDONLY)?;
+        let kind = match memfd_name(link) {
+            None => ObjectKind::Anonymous,
+            Some(_) if stat.st_blksize as u64 > PAGE_SIZE => {
+                return Ok(Err("huge-page memory (hugetlb) is not supported".into()));
+            }
+            Some(name) => {
+                let seals = fcntl(&content, FcntlArg::F_GET_SEALS)? as u32;
+                ObjectKind::Memfd {
+                    name: name.to_vec(),
+                    flags: if seals & libc::F_SEAL_SEAL as u32 == 0 { libc::MFD_ALLOW_SEALING } else { 0 },
+                    seals,
+                    mode: stat.st_mode & 0o7777,
+                    uid: stat.st_uid,
+                    gid: stat.st_gid,
+                }
+            }
+        };
+        let id = ObjectId(self.found.len() as u32);
+        self.by_inode.insert(inode, id);
+        self.found.push(Found { object: Object { kind, size: stat.st_size as u64, pages: Vec::new() }, content });
+        Ok(Ok(id))
+    }
+
+    /// Writes the content of all objects into the image.
+    pub fn write(
+        &mut self,
+        store: &mut dyn ImageWriter,
+        meter: &mut Meter<'_>,
+    ) -> Result<Vec<Object>, DumpError> {
+        let mut objects = Vec::with_capacity(self.found.len());
+        for found in self.found.drain(..) {
+            let mut object = found.object;
+            write_object(&mut object, &found.content, store, meter)?;
+            objects.push(object);
+        }
+        Ok(objects)
+    }
+}
+
+/// A page-aligned buffer, as `O_DIRECT` wants it.
+pub(super) struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    pub const PAGES: u64 = 128;
+
+    pub fn new() -> Buffer {
+        let bytes = vec![0; ((Buffer::PAGES + 1) * PAGE_SIZE) as usize];
+        let start = bytes.as_ptr().align_offset(PAGE_SIZE as usize);
+        Buffer { bytes, start }
+    }
+
+    pub fn pages(&mut self, pages: u64) -> &mut [u8] {
+        &mut self.bytes[self.start..][..(pages * PAGE_SIZE) as usize]
+    }
+}
+
+pub(super) fn checksums(pages: &[u8]) -> Vec<u32> {
+    pages.chunks_exact(PAGE_SIZE as usize).map(crc32c::crc32c).collect()
+}
+
+fn io_failed(what: &str) -> impl Fn(io::Error) -> DumpError {
+    move |source| DumpError::Io { what: format!("{NAME}: {what}"), source }
+}
+
+/// Copies what is not a hole.
+fn write_object(
+    object: &mut Object,
+    content: &File,
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    let failed = io_failed("reading shared memory");
+    let mut buffer = Buffer::new();
+    let mut at = 0;
+    while at < object.size {
+        at = match lseek(content, at as i64, Whence::SeekData) {
+            Ok(data) => data as u64 / PAGE_SIZE * PAGE_SIZE,
+            Err(Errno::ENXIO) => break,
+            Err(errno) => return Err(failed(errno.into())),
+        };
+        let hole = lseek(content, at as i64, Whence::SeekHole).map_err(|errno| failed(errno.into()))? as u64;
+        let end = hole.next_multiple_of(PAGE_SIZE);
+        let extent = store.reserve_pages((end - at) / PAGE_SIZE)?;
+        object.pages.push(Pages { start: at, extent });
+        let mut done = 0;
+        while done < extent.pages {
+            let pages = (extent.pages - done).min(Buffer::PAGES);
+            let bytes = buffer.pages(pages);
+            bytes.fill(0);
+            // The last page of an object may reach past its end.
+            let wanted = bytes.len().min((object.size - at - done * PAGE_SIZE) as usize);
+            content.read_exact_at(&mut bytes[..wanted], at + done * PAGE_SIZE).map_err(&failed)?;
+            write_direct(store, extent.first + done, bytes).map_err(io_failed("writing the image"))?;
+            store.page_checksums(PageExtent { first: extent.first + done, pages }, &checksums(bytes))?;
+            meter.add(pages * PAGE_SIZE);
+            done += pages;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// Writes pages of a [`Buffer`] to the page file.
+pub(super) fn write_direct(store: &dyn ImageWriter, first: u64, bytes: &[u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let at = (first * PAGE_SIZE + done as u64) as i64;
+        match nix::sys::uio::pwrite(store.pages(), &bytes[done..], at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(wrote) => done += wrote,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Makes the objects of an image, with their content.
+pub(super) fn rebuild(
+    targets: &mut [Box<dyn Target>],
+    reader: &dyn ImageReader,
+    deleted: Vec<OwnedFd>,
+) -> Result<Rebuilt, RestoreError> {
+    let mut objects = Vec::new();
+    for object in &reader.image().memory_objects {
+        let fd = match &object.kind {
+            ObjectKind::Anonymous => make_anonymous(&mut *targets[0], object.size)?,
+            ObjectKind::Memfd { name, flags, mode, uid, gid, .. } => {
+                make_memfd(name, *flags, *mode, *uid, *gid, object.size).map_err(rebuild_failed)?
+            }
+        };
+        read_object(object, &fd, reader)?;
+        if let ObjectKind::Memfd { seals, .. } = &object.kind {
+            add_seals(&fd, seals & !LATE_SEALS).map_err(rebuild_failed)?;
+        }
+        objects.push(fd);
+    }
+    Ok(Rebuilt { objects, deleted })
+}
+
+/// Seals that would keep the mappings from being made: of future writable ones, and the seal on seals.
+const LATE_SEALS: u32 = (libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL) as u32;
+
+/// Once all mappings are there.
+pub(super) fn seal(objects: &[Object], fds: &[OwnedFd]) -> Result<(), RestoreError> {
+    for (object, fd) in objects.iter().zip(fds) {
+        if let ObjectKind::Memfd { seals, .. } = &object.kind {
+            add_seals(fd, seals & LATE_SEALS).map_err(rebuild_failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn add_seals(fd: &OwnedFd, seals: u32) -> io::Result<()> {
+    if seals != 0 {
+        fcntl(fd, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(seals as i32)))?;
+    }
+    Ok(())
+}
+
+fn rebuild_failed(source: io::Error) -> RestoreError {
+    RestoreError::Io { what: format!("{NAME}: making shared memory"), source }
+}
+
+fn make_memfd(name: &[u8], flags: u32, mode: u32, uid: u32, gid: u32, size: u64) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name)?;
+    // Without MFD_ALLOW_SEALING a memfd has the seal on seals from the start, and the others could not be added.
+    let _ = flags;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let fd = memfd_create(name.as_c_str(), flags)?;
+    ftruncate(&fd, size as i64)?;
+    fchown(&fd, Some(uid), Some(gid))?;
+    fchmod(&fd, Mode::from_bits_truncate(mode))?;
+    Ok(fd)
+}
+
+/// `MAP_SHARED | MAP_ANONYMOUS` in the first process; the file behind it is what all share.
+fn make_anonymous(target: &mut dyn Target, size: u64) -> Result<OwnedFd, RestoreError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+    let mut batch = Batch::new();
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let mapped = batch.call(Sysno::mmap, args![0, size, protection, flags, -1, 0]);
+    let mapped = target.run(&batch).map_err(failed)?.value(mapped);
+    let end = mapped + size.next_multiple_of(PAGE_SIZE);
+    let file = target.proc().open_with(format!("map_files/{mapped:x}-{end:x}"), OFlag::O_RDWR);
+    let mut batch = Batch::new();
+    batch.call(Sysno::munmap, args![RemotePtr(mapped), size]);
+    target.run(&batch).map_err(failed)?;
+    Ok(file.map_err(rebuild_failed)?.into())
+}
+
+fn read_object(object: &Object, fd: &OwnedFd, reader: &dyn ImageReader) -> Result<(), RestoreError> {
+    let mut buffer = Buffer::new();
+    for run in &object.pages {
+        let mut done = 0;
+        while done < run.extent.pages {
+            let pages = (run.extent.pages - done).min(Buffer::PAGES);
+            let first = run.extent.first + done;
+            let bytes = buffer.pages(pages);
+            let mut read = 0;
+            while read < bytes.len() {
+                let at = (first * PAGE_SIZE) as i64 + read as i64;
+                match nix::sys::uio::pread(reader.pages(), &mut bytes[read..], at) {
+                    Ok(0) => return Err(reader.damaged_page(first).into()),
+                    Ok(got) => read += got,
+                    Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(rebuild_failed(errno.into())),
+                }
+            }
+            let saved = reader.page_checksums(PageExtent { first, pages })?;
+            if let Some(bad) = checksums(bytes).iter().zip(&saved).position(|(found, saved)| found != saved) {
+                return Err(reader.damaged_page(first + bad as u64).into());
+            }
+            let at = run.start + done * PAGE_SIZE;
+            let len = bytes.len().min((object.size - at) as usize);
+            File::from(fd.try_clone().map_err(rebuild_failed)?)
+                .write_all_at(&bytes[..len], at)
+                .map_err(rebuild_failed)?;
+            done += pages;
+        }
+    }
+    Ok(())
+}

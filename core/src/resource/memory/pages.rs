@@ -1,0 +1,295 @@
+//! Page data: the target itself moves it between its memory and the image.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::fcntl::OFlag;
+
+use crate::args;
+use crate::batch::{Batch, Slot, Sysno};
+use crate::error::{DumpError, RestoreError};
+use crate::progress::Meter;
+use crate::resource::memory::objects::{Buffer, checksums, write_direct};
+use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source};
+use crate::store::{ImageReader, ImageWriter, PageExtent};
+use crate::target::{PAGE_SIZE, PageRun, RemoteFd, RemotePtr, Target, TargetError};
+
+/// Pages that one batch moves at most: its checksums have to fit, and a slow disk is not to outlast the time-out.
+const BATCH_PAGES: u64 = 8192;
+/// Runs in one batch at most.
+const BATCH_RUNS: usize = 400;
+
+/// Runs of pages that lie one after the other in the page file, and fit one batch.
+#[derive(Debug, Default)]
+struct Load {
+    runs: Vec<PageRun>,
+    pages: u64,
+    /// Number of the first page in the page file.
+    first: u64,
+}
+
+/// Cuts saved pages into loads. `runs` are in the order of the page file.
+fn loads(runs: impl Iterator<Item = Pages>) -> Vec<Load> {
+    let mut loads: Vec<Load> = Vec::new();
+    for run in runs {
+        let (mut start, mut extent) = (run.start, run.extent);
+        while extent.pages > 0 {
+            let fits = loads.last().is_some_and(|load| {
+                load.runs.len() < BATCH_RUNS && load.pages < BATCH_PAGES && load.first + load.pages == extent.first
+            });
+            if !fits {
+                loads.push(Load { first: extent.first, ..Load::default() });
+            }
+            let load = loads.last_mut().expect("there is one");
+            let pages = extent.pages.min(BATCH_PAGES - load.pages);
+            load.runs.push(PageRun { start, pages });
+            load.pages += pages;
+            start += pages * PAGE_SIZE;
+            extent = PageExtent { first: extent.first + pages, pages: extent.pages - pages };
+        }
+    }
+    loads
+}
+
+impl Load {
+    fn bytes(&self) -> u64 {
+        self.pages * PAGE_SIZE
+    }
+
+    /// The iovecs of its runs.
+    fn vectors(&self, batch: &mut Batch) -> Slot {
+        let words: Vec<u64> = self.runs.iter().flat_map(|run| [run.start, run.pages * PAGE_SIZE]).collect();
+        batch.words(&words)
+    }
+
+    /// Adds the checksums of its pages, in order.
+    fn checksums(&self, batch: &mut Batch) -> Vec<Slot> {
+        self.runs.iter().map(|run| batch.checksum_pages(RemotePtr(run.start), run.pages as usize)).collect()
+    }
+}
+
+fn sums(replies: &crate::batch::Replies, slots: &[Slot]) -> Vec<u32> {
+    let words = slots.iter().flat_map(|&slot| replies.bytes(slot).chunks_exact(4));
+    words.map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
+}
+
+/// Has the target write its private pages into the image.
+pub fn write_pages(
+    target: &mut dyn Target,
+    memory: &mut Memory,
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
+    let end = memory.mappings.last().map_or(0, |mapping| mapping.end);
+    let runs = target.private_pages(0, end).map_err(failed)?;
+    let mut runs = runs.into_iter().peekable();
+    // Memory that its owner may not read is copied by us.
+    let mut guarded = Vec::new();
+    for mapping in &mut memory.mappings {
+        let private = !mapping.shared && !matches!(mapping.source, Source::Vdso | Source::Vvar);
+        while let Some(run) = runs.peek().copied() {
+            let start = run.start.max(mapping.start);
+            let stop = run.end().min(mapping.end);
+            if run.start >= mapping.end {
+                break;
+            }
+            if private && start < stop {
+                let extent = store.reserve_pages((stop - start) / PAGE_SIZE)?;
+                mapping.pages.push(Pages { start, extent });
+            }
+            if run.end() > mapping.end {
+                break;
+            }
+            runs.next();
+        }
+        if mapping.protection & libc::PROT_READ == 0 {
+            guarded.extend(mapping.pages.iter().copied());
+        }
+    }
+    let limited = file_size_limit(target).map_err(failed)? != u64::MAX;
+    let readable = |mapping: &&Mapping| mapping.protection & libc::PROT_READ != 0;
+    let by_target = memory.mappings.iter().filter(readable).flat_map(|mapping| mapping.pages.iter().copied());
+    if limited {
+        // The program may not write a file as large as the image: we do it.
+        guarded.extend(by_target);
+    } else {
+        write_by_target(target, loads(by_target), store, meter)?;
+    }
+    write_by_us(target, &guarded, store, meter)
+}
+
+/// `RLIMIT_FSIZE`, in bytes.
+fn file_size_limit(target: &mut dyn Target) -> Result<u64, TargetError> {
+    let mut batch = Batch::new();
+    let limit = batch.room(16);
+    batch.call(Sysno::getrlimit, args![libc::RLIMIT_FSIZE, limit]);
+    Ok(target.run(&batch)?.u64(limit))
+}
+
+fn write_by_target(
+    target: &mut dyn Target,
+    loads: Vec<Load>,
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
+    if loads.is_empty() {
+        return Ok(());
+    }
+    let file = pass(target, store.pages()).map_err(failed)?;
+    for load in &loads {
+        let mut batch = Batch::new();
+        let slots = load.checksums(&mut batch);
+        let vectors = load.vectors(&mut batch);
+        let place = load.first * PAGE_SIZE;
+        let wrote = batch.try_call(Sysno::pwritev, args![file, vectors, load.runs.len(), place, 0]);
+        let replies = target.run(&batch).map_err(failed)?;
+        store.page_checksums(PageExtent { first: load.first, pages: load.pages }, &sums(&replies, &slots))?;
+        match replies.result(wrote) {
+            Ok(wrote) if wrote == load.bytes() => {}
+            // A full disk gives a short count first. The same pages once more give the reason, or are written.
+            Ok(_) => {
+                let runs: Vec<Pages> = saved_runs(load);
+                write_by_us(target, &runs, store, &mut Meter::silent())?;
+            }
+            Err(errno) => {
+                return Err(DumpError::Io { what: "writing pages into the image".into(), source: errno.into() });
+            }
+        }
+        meter.add(load.bytes());
+    }
+    let mut batch = Batch::new();
+    batch.call(Sysno::close, args![file]);
+    target.run(&batch).map_err(failed)?;
+    Ok(())
+}
+
+/// The runs of a load, with their places in the page file.
+fn saved_runs(load: &Load) -> Vec<Pages> {
+    let mut first = load.first;
+    let mut runs = Vec::new();
+    for run in &load.runs {
+        runs.push(Pages { start: run.start, extent: PageExtent { first, pages: run.pages } });
+        first += run.pages;
+    }
+    runs
+}
+
+fn pass(target: &mut dyn Target, file: BorrowedFd<'_>) -> Result<RemoteFd, TargetError> {
+    Ok(target.fds_in(&[file])?[0])
+}
+
+/// Copies pages by `/proc/PID/mem`, which reads whatever the protection is.
+fn write_by_us(
+    target: &mut dyn Target,
+    runs: &[Pages],
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    use std::os::unix::fs::FileExt;
+    if runs.is_empty() {
+        return Ok(());
+    }
+    let pid = target.pid();
+    let failed = |what: &'static str| {
+        move |source: io::Error| DumpError::Io { what: format!("{NAME} of process {pid}: {what}"), source }
+    };
+    let memory = target.proc().open_with("mem", OFlag::O_RDONLY).map_err(failed("opening it"))?;
+    let mut buffer = Buffer::new();
+    for run in runs {
+        let mut done = 0;
+        while done < run.extent.pages {
+            let pages = (run.extent.pages - done).min(Buffer::PAGES);
+            let first = run.extent.first + done;
+            let bytes = buffer.pages(pages);
+            memory.read_exact_at(bytes, run.start + done * PAGE_SIZE).map_err(failed("reading it"))?;
+            store.page_checksums(PageExtent { first, pages }, &checksums(bytes))?;
+            write_direct(store, first, bytes).map_err(failed("writing it into the image"))?;
+            meter.add(bytes.len() as u64);
+            done += pages;
+        }
+    }
+    Ok(())
+}
+
+/// Brings the pages of an image into a skeleton whose mappings are there.
+pub trait Filler {
+    /// Fills the private pages of one process.
+    fn fill(
+        &mut self,
+        process: usize,
+        target: &mut dyn Target,
+        memory: &Memory,
+        reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), RestoreError>;
+}
+
+/// Reads every page before the release, and checks it.
+pub struct Eager;
+
+impl Filler for Eager {
+    fn fill(
+        &mut self,
+        _process: usize,
+        target: &mut dyn Target,
+        memory: &Memory,
+        reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), RestoreError> {
+        let pid = target.pid();
+        let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+        let loads = loads(memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()));
+        if loads.is_empty() {
+            return Ok(());
+        }
+        let file = pass(target, reader.pages()).map_err(failed)?;
+        for load in &loads {
+            let mut batch = Batch::new();
+            let vectors = load.vectors(&mut batch);
+            let place = load.first * PAGE_SIZE;
+            let read = batch.call(Sysno::preadv, args![file, vectors, load.runs.len(), place, 0]);
+            let slots = load.checksums(&mut batch);
+            let replies = target.run(&batch).map_err(failed)?;
+            let saved = reader.page_checksums(PageExtent { first: load.first, pages: load.pages })?;
+            let found = sums(&replies, &slots);
+            if replies.value(read) != load.bytes() || found != saved {
+                let bad = found.iter().zip(&saved).position(|(found, saved)| found != saved).unwrap_or(0);
+                return Err(reader.damaged_page(load.first + bad as u64).into());
+            }
+            meter.add(load.bytes());
+        }
+        let mut batch = Batch::new();
+        batch.call(Sysno::close, args![file]);
+        target.run(&batch).map_err(failed)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(start: u64, first: u64, pages: u64) -> Pages {
+        Pages { start, extent: PageExtent { first, pages } }
+    }
+
+    #[test]
+    fn loads_hold_what_fits_and_what_is_in_sequence() {
+        let runs = [pages(0x1000, 0, 2), pages(0x9000, 2, 3), pages(0x20000, 9, 1)];
+        let loads = loads(runs.into_iter());
+        assert_eq!(loads.len(), 2, "a gap in the page file begins a new load");
+        assert_eq!((loads[0].pages, loads[0].runs.len(), loads[1].first), (5, 2, 9));
+    }
+
+    #[test]
+    fn a_large_run_is_cut() {
+        let loads = loads([pages(0, 0, 3 * BATCH_PAGES + 1)].into_iter());
+        assert_eq!(loads.iter().map(|load| load.pages).collect::<Vec<_>>(), [8192, 8192, 8192, 1]);
+        assert_eq!(loads[3].runs[0].start, 3 * BATCH_PAGES * PAGE_SIZE);
+        assert_eq!(saved_runs(&loads[1])[0], pages(8192 * PAGE_SIZE, 8192, 8192));
+    }
+}

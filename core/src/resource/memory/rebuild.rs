@@ -1,0 +1,307 @@
+//! Making the mappings of an image in a skeleton.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use crate::args;
+use crate::batch::{Arg, Batch, Slot, Sysno};
+use crate::error::RestoreError;
+use crate::resource::Check;
+use crate::resource::files::{Expect, Identity};
+use crate::resource::memory::objects::{self, Rebuilt};
+use crate::resource::memory::{Mapping, Memory, NAME, Source};
+use crate::store::ImageReader;
+use crate::target::{RemoteFd, Target, TargetError};
+
+/// Whether every file is as it was, and the kernel's own mappings are this kernel's.
+pub fn check(memory: &Memory, context: &mut Check<'_>) {
+    let mut files: HashMap<&Path, Identity> = HashMap::new();
+    for mapping in &memory.mappings {
+        if let Source::File { path, identity, .. } = &mapping.source {
+            files.insert(path, *identity);
+        }
+    }
+    files.insert(&memory.exe, memory.exe_identity);
+    let mut files: Vec<_> = files.into_iter().collect();
+    files.sort_unstable_by_key(|(path, _)| *path);
+    for (path, identity) in files {
+        if let Some(difference) = identity.difference(path, libc::S_IFREG, Expect::SameContent, &context.image.host) {
+            let help = "its code or data is part of the program's memory: put the file back as it was at the dump";
+            context.refuse(path.display().to_string(), difference, help);
+        }
+    }
+}
+
+/// Makes the mappings of the image, without their pages.
+///
+/// `deleted` are the deleted files of the image, by [`DeletedId`](crate::resource::files::DeletedId); they go into what is
+/// returned.
+pub fn map_all(
+    targets: &mut [Box<dyn Target>],
+    reader: &dyn ImageReader,
+    deleted: Vec<OwnedFd>,
+) -> Result<Rebuilt, RestoreError> {
+    let rebuilt = objects::rebuild(targets, reader, deleted)?;
+    for (target, process) in targets.iter_mut().zip(&reader.image().processes) {
+        map_process(&mut **target, &process.memory, &rebuilt)?;
+    }
+    objects::seal(&reader.image().memory_objects, &rebuilt.objects)?;
+    Ok(rebuilt)
+}
+
+/// What is mapped, as a key: descriptors are opened once for all its mappings.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Opened {
+    Path(PathBuf, bool),
+    Ours(usize, bool),
+}
+
+struct Mapper<'a> {
+    target: &'a mut dyn Target,
+    batch: Batch,
+    /// Files opened in this batch.
+    open: HashMap<Opened, Arg>,
+    /// Checks to be made once the batch has run: path, saved identity, `struct stat`.
+    checks: Vec<(PathBuf, Identity, Slot)>,
+}
+
+fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> Result<(), RestoreError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+    // Objects and deleted files that this process maps come in by descriptor.
+    let all: Vec<&OwnedFd> = rebuilt.objects.iter().chain(&rebuilt.deleted).collect();
+    let mut used: Vec<usize> =
+        memory.mappings.iter().filter_map(|mapping| ours(mapping, rebuilt.objects.len())).collect();
+    used.sort_unstable();
+    used.dedup();
+    let fds: Vec<_> = used.iter().map(|&index| all[index].as_fd()).collect();
+    let passed: HashMap<usize, RemoteFd> =
+        used.iter().copied().zip(target.fds_in(&fds).map_err(failed)?).collect();
+
+    let special = target.footprint().special;
+    let mut special = special.iter();
+    let mut mapper = Mapper { target, batch: Batch::new(), open: HashMap::new(), checks: Vec::new() };
+    for mapping in &memory.mappings {
+        if !mapper.batch.has_room(8, 8192) {
+            mapper.run()?;
+        }
+        if matches!(mapping.source, Source::Vdso | Source::Vvar) {
+            let found = special.next().filter(|(_, parked)| parked.end - parked.start == mapping.end - mapping.start);
+            let Some((_, parked)) = found else {
+                let what = "this kernel's vdso is not like the one at the dump".to_string();
+                return Err(RestoreError::Mismatch { resource: NAME, pid, what });
+            };
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let size = parked.end - parked.start;
+            mapper.batch.call(Sysno::mremap, args![parked.start, size, size, flags, mapping.start]);
+            continue;
+        }
+        let (file, offset) = mapper.source(mapping, rebuilt.objects.len(), &passed);
+        let address = mapping.start;
+        let size = mapping.end - mapping.start;
+        mapper.batch.call(
+            Sysno::mmap,
+            &[
+                address.into(),
+                size.into(),
+                first_protection(mapping).into(),
+                map_flags(mapping).into(),
+                file,
+                offset.into(),
+            ],
+        );
+    }
+    for fd in passed.values() {
+        if !mapper.batch.has_room(1, 0) {
+            mapper.run()?;
+        }
+        mapper.batch.call(Sysno::close, args![*fd]);
+    }
+    mapper.run()
+}
+
+/// The index of what a mapping needs of ours: objects first, then deleted files.
+fn ours(mapping: &Mapping, objects: usize) -> Option<usize> {
+    match mapping.source {
+        Source::Object { id, .. } => Some(id.0 as usize),
+        Source::Deleted { id, .. } => Some(objects + id.0 as usize),
+        _ => None,
+    }
+}
+
+impl Mapper<'_> {
+    /// The descriptor and offset for `mmap`.
+    fn source(&mut self, mapping: &Mapping, objects: usize, passed: &HashMap<usize, RemoteFd>) -> (Arg, u64) {
+        match &mapping.source {
+            Source::Anonymous | Source::Vdso | Source::Vvar => (Arg::from(-1), 0),
+            Source::File { path, identity, offset, writable } => {
+                let key = Opened::Path(path.clone(), *writable);
+                let known = self.open.get(&key).copied();
+                let fd = known.unwrap_or_else(|| {
+                    let name = self.batch.string(path.as_os_str().as_bytes());
+                    let flags = if *writable { libc::O_RDWR } else { libc::O_RDONLY } | libc::O_CLOEXEC;
+                    let fd = self.batch.call(Sysno::openat, args![libc::AT_FDCWD, name, flags]);
+                    let stat = self.batch.room(size_of::<libc::stat>());
+                    self.batch.call(Sysno::fstat, args![fd, stat]);
+                    self.checks.push((path.clone(), *identity, stat));
+                    fd.into()
+                });
+                self.open.insert(key, fd);
+                (fd, *offset)
+            }
+            Source::Deleted { offset, writable, .. } | Source::Object { offset, writable, .. } => {
+                let index = ours(mapping, objects).expect("it is one of ours");
+                let fd = passed[&index];
+                if *writable {
+                    return (fd.into(), *offset);
+                }
+                // Opened for reading alone, so that it cannot be made writable.
+                let key = Opened::Ours(index, false);
+                let known = self.open.get(&key).copied();
+                let fd = known.unwrap_or_else(|| {
+                    let name = self.batch.string(format!("/proc/self/fd/{fd}").as_bytes());
+                    let flags = libc::O_RDONLY | libc::O_CLOEXEC;
+                    self.batch.call(Sysno::openat, args![libc::AT_FDCWD, name, flags]).into()
+                });
+                self.open.insert(key, fd);
+                (fd, *offset)
+            }
+        }
+    }
+
+    /// Runs what there is, with the files it opened closed.
+    fn run(&mut self) -> Result<(), RestoreError> {
+        let pid = self.target.pid();
+        let mut batch = std::mem::take(&mut self.batch);
+        for (_, fd) in self.open.drain() {
+            batch.call(Sysno::close, &[fd]);
+        }
+        let replies = self.target.run(&batch).map_err(|source| RestoreError::Target { resource: NAME, pid, source })?;
+        for (path, saved, stat) in self.checks.drain(..) {
+            // struct stat of x86-64: device, inode, ..., size at 48, seconds and nanoseconds of change at 88
+            let words = replies.words(stat);
+            let same = words[6] == saved.size
+                && (words[11] as i64).saturating_mul(1_000_000_000).saturating_add(words[12] as i64) == saved.modified;
+            if !same {
+                let what = format!("{} was changed while it was being mapped", path.display());
+                return Err(RestoreError::Mismatch { resource: NAME, pid, what });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Pages are filled through the mapping. And what was writable once counts towards the commit limit for good (`ac`).
+fn first_protection(mapping: &Mapping) -> i32 {
+    let accounted = mapping.flags.contains(b"ac");
+    if !mapping.shared && (accounted || !mapping.pages.is_empty()) {
+        // Without PROT_EXEC, which may not go with it.
+        return libc::PROT_READ | libc::PROT_WRITE;
+    }
+    mapping.protection
+}
+
+fn map_flags(mapping: &Mapping) -> i32 {
+    let mut flags = libc::MAP_FIXED_NOREPLACE;
+    flags |= if mapping.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    if mapping.source == Source::Anonymous {
+        flags |= libc::MAP_ANONYMOUS;
+    }
+    if mapping.flags.contains(b"gd") {
+        flags |= libc::MAP_GROWSDOWN;
+    }
+    if mapping.flags.contains(b"nr") {
+        flags |= libc::MAP_NORESERVE;
+    }
+    flags
+}
+
+/// Final protections, advice and locks, and the layout.
+pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+    let mut batch = Batch::new();
+    for mapping in &memory.mappings {
+        if !batch.has_room(16, 512) {
+            target.run(&std::mem::take(&mut batch)).map_err(failed)?;
+        }
+        settle(mapping, &mut batch);
+    }
+    let exe = batch.string(memory.exe.as_os_str().as_bytes());
+    if !batch.has_room(4, 256) {
+        target.run(&std::mem::take(&mut batch)).map_err(failed)?;
+    }
+    let exe_fd = batch.call(Sysno::openat, args![libc::AT_FDCWD, exe, libc::O_RDONLY | libc::O_CLOEXEC]);
+    let replies = target.run(&batch).map_err(failed)?;
+    let exe_fd = replies.fd(exe_fd);
+
+    let layout = &memory.layout;
+    let mut batch = Batch::new();
+    let auxv = batch.bytes(&memory.auxv);
+    // struct prctl_mm_map
+    let map = batch.words(&[
+        layout.start_code,
+        layout.end_code,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.brk,
+        layout.start_stack,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
+        0,
+        (exe_fd.0 as u32 as u64) << 32 | memory.auxv.len() as u64,
+    ]);
+    batch.pointer(map, 88, auxv);
+    batch.call(Sysno::prctl, args![libc::PR_SET_MM, libc::PR_SET_MM_MAP, map, map.len(), 0]);
+    batch.call(Sysno::close, args![exe_fd]);
+    target.run(&batch).map_err(failed)?;
+    Ok(())
+}
+
+const PR_SET_VMA: i32 = 0x5356_4d41;
+const PR_SET_VMA_ANON_NAME: i32 = 0;
+const MLOCK_ONFAULT: i32 = 1;
+
+/// What of one mapping is not set by `mmap`.
+fn settle(mapping: &Mapping, batch: &mut Batch) {
+    let (start, size) = (mapping.start, mapping.end - mapping.start);
+    if matches!(mapping.source, Source::Vdso | Source::Vvar) {
+        return;
+    }
+    if first_protection(mapping) != mapping.protection {
+        batch.call(Sysno::mprotect, args![start, size, mapping.protection]);
+    }
+    let advice = [
+        (b"sr", libc::MADV_SEQUENTIAL),
+        (b"rr", libc::MADV_RANDOM),
+        (b"dc", libc::MADV_DONTFORK),
+        (b"dd", libc::MADV_DONTDUMP),
+        (b"wf", libc::MADV_WIPEONFORK),
+        (b"mg", libc::MADV_MERGEABLE),
+        (b"hg", libc::MADV_HUGEPAGE),
+        (b"nh", libc::MADV_NOHUGEPAGE),
+    ];
+    for (flag, advice) in advice {
+        if mapping.flags.contains(flag) {
+            batch.call(Sysno::madvise, args![start, size, advice]);
+        }
+    }
+    if let Some(name) = &mapping.anonymous_name {
+        let name = batch.string(name);
+        batch.call(Sysno::prctl, args![PR_SET_VMA, PR_SET_VMA_ANON_NAME, start, size, name]);
+    }
+    if mapping.flags.contains(b"lf") {
+        batch.call(Sysno::mlock2, args![start, size, MLOCK_ONFAULT]);
+    } else if mapping.flags.contains(b"lo") {
+        batch.call(Sysno::mlock, args![start, size]);
+    }
+    if mapping.flags.contains(b"sl") {
+        const MSEAL: Sysno = Sysno::mseal;
+        batch.call(MSEAL, args![start, size, 0]);
+    }
+}
