@@ -4,14 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::{DumpOptions, Dumper, Frozen};
 use crate::error::{DumpError, Refusal};
+use crate::host;
 use crate::image::{Image, Process, Thread};
-use crate::progress::{Meter, Phase, Progress, Silent};
+use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
-    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, threads,
-    timers,
+    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks,
+    threads, timers,
 };
 use crate::store::ImageWriter;
-use crate::target::Pid;
+use crate::target::{Pid, Target};
 
 /// What becomes of the tree after the dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,9 @@ pub fn dump(
 ) -> Result<Summary, DumpError> {
     progress.phase(Phase::Freeze);
     let mut frozen = dumper.freeze(root, options)?;
-    let image = collect(&mut *frozen, options, &mut *store, progress)?;
+    progress.phase(Phase::Collect);
+    let (mut image, objects) = collect(&mut *frozen, options, &mut *store)?;
+    write_content(frozen.targets(), &mut image, objects, &mut *store, progress)?;
     let summary = Summary {
         processes: image.processes.len() + image.zombies.len(),
         threads: image.processes.iter().map(|process| process.threads.len()).sum(),
@@ -68,7 +71,7 @@ pub fn dump(
 /// What could not be saved of the tree under `root`: a dump without an image. The tree goes on.
 pub fn examine(dumper: &dyn Dumper, root: Pid, options: &DumpOptions) -> Result<Vec<Refusal>, DumpError> {
     let mut frozen = dumper.freeze(root, options)?;
-    let result = collect(&mut *frozen, options, &mut crate::store::Nowhere::new()?, &mut Silent);
+    let result = collect(&mut *frozen, options, &mut crate::store::Nowhere::new()?);
     frozen.thaw()?;
     match result {
         Ok(_) => Ok(Vec::new()),
@@ -81,22 +84,18 @@ fn interruption() -> Result<(), DumpError> {
     if INTERRUPTED.load(Ordering::Relaxed) { Err(DumpError::Interrupted) } else { Ok(()) }
 }
 
-/// Collects every resource, and writes the pages.
+/// Collects every resource; what is large stays where it is.
 fn collect(
     frozen: &mut dyn Frozen,
     options: &DumpOptions,
     store: &mut dyn ImageWriter,
-    progress: &mut dyn Progress,
-) -> Result<Image, DumpError> {
-    progress.phase(Phase::Collect);
-    let host =
-        crate::plan::host_facts().map_err(|source| DumpError::Io { what: "facts of this host".into(), source })?;
+) -> Result<(Image, memory::Objects), DumpError> {
+    let host = host::facts().map_err(|source| DumpError::Io { what: "facts of this host".into(), source })?;
     let tasks = frozen.processes().to_vec();
     let zombies = frozen.zombies().to_vec();
     let mut refusals = Vec::new();
-    crate::plan::refuse_unrestorable_tasks(&tasks, &zombies, options, &mut refusals);
-
     let targets = frozen.targets();
+    tasks::examine(targets, &tasks, &zombies, options, &mut refusals)?;
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files } =
         descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
@@ -112,7 +111,7 @@ fn collect(
             options,
             refusals: &mut refusals,
             answers: &answers,
-            resource: "tasks",
+            resource: tasks::NAME,
         };
         processes.push(Process {
             task: task.task,
@@ -131,25 +130,37 @@ fn collect(
     if !refusals.is_empty() {
         return Err(DumpError::Unsupported(refusals));
     }
-    // Everything can be saved: now the pages, which take the time.
-    let mut meter = Meter::new(progress, Phase::WritePages, None);
-    for (target, process) in targets.iter_mut().zip(&mut processes) {
-        interruption()?;
-        memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
-    }
-    let memory_objects = objects.write(store, &mut meter)?;
-    let deleted_files = objects.deleted.write(store)?;
-    Ok(Image {
+    let mut image = Image {
         host,
         processes,
         zombies,
         files,
-        memory_objects,
-        deleted_files,
+        memory_objects: Vec::new(),
+        deleted_files: Vec::new(),
         locks,
         shell_job: options.shell_job,
         losses: Vec::new(),
-    })
+    };
+    host::note_xsave(&mut image);
+    Ok((image, objects))
+}
+
+/// Everything can be saved: now what takes the time.
+fn write_content(
+    targets: &mut [Box<dyn Target>],
+    image: &mut Image,
+    mut objects: memory::Objects,
+    store: &mut dyn ImageWriter,
+    progress: &mut dyn Progress,
+) -> Result<(), DumpError> {
+    let mut meter = Meter::new(progress, Phase::WritePages, None);
+    for (target, process) in targets.iter_mut().zip(&mut image.processes) {
+        interruption()?;
+        memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
+    }
+    image.memory_objects = objects.write(store, &mut meter)?;
+    image.deleted_files = objects.deleted.write(store)?;
+    Ok(())
 }
 
 fn collect_threads(context: &mut Collect<'_>) -> Result<Vec<Thread>, DumpError> {

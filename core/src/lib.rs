@@ -14,6 +14,7 @@ pub mod backend;
 pub mod batch;
 pub mod dump;
 pub mod error;
+pub mod host;
 pub mod image;
 pub mod ourselves;
 pub mod plan;

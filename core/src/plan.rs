@@ -1,12 +1,11 @@
 //! The plan: an image checked against this host and these options, before anything is touched.
 
-use std::io;
-
-use crate::backend::{DumpOptions, FrozenProcess, RestoreOptions, Restorer, Skeleton};
-use crate::error::{Refusal, RestoreError};
-use crate::image::{HostFacts, Image, Zombie};
+use crate::backend::{RestoreOptions, Restorer, Skeleton};
+use crate::error::RestoreError;
+use crate::host;
+use crate::image::Image;
 use crate::resource::{
-    Check, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, timers,
+    Check, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks, timers,
 };
 
 /// An image that this host can bring back, as far as can be known beforehand.
@@ -26,9 +25,9 @@ impl<'a> Plan<'a> {
         options: &RestoreOptions,
     ) -> Result<Plan<'a>, RestoreError> {
         let mut refusals = Vec::new();
-        check_host(&image.host, &mut refusals);
-        let mut context = Check { image, options, refusals: &mut refusals, resource: "tasks", pid: None };
-        check_ids(&mut context);
+        host::check(&image.host, &mut refusals);
+        let mut context = Check { image, options, refusals: &mut refusals, resource: tasks::NAME, pid: None };
+        tasks::check(&mut context);
         descriptors::check(image, &mut context);
         locks::check(image, &mut context);
         for process in &image.processes {
@@ -53,27 +52,4 @@ impl<'a> Plan<'a> {
     pub fn skeleton(&self) -> Result<Box<dyn Skeleton>, RestoreError> {
         self.restorer.skeleton(self.image)
     }
-}
-
-/// What this host is.
-pub fn host_facts() -> io::Result<HostFacts> {
-    todo!()
-}
-
-fn check_host(_host: &HostFacts, _refusals: &mut Vec<Refusal>) {
-    todo!()
-}
-
-fn check_ids(_context: &mut Check<'_>) {
-    todo!()
-}
-
-/// Sessions and groups that could not be made again.
-pub fn refuse_unrestorable_tasks(
-    _processes: &[FrozenProcess],
-    _zombies: &[Zombie],
-    _options: &DumpOptions,
-    _refusals: &mut Vec<Refusal>,
-) {
-    todo!()
 }

@@ -109,7 +109,7 @@ fn rebuild(
             options,
             initial: &initial,
             deferred: &mut Deferred::default(),
-            resource: "tasks",
+            resource: crate::resource::tasks::NAME,
         };
         rebuild_process(&mut context, process)?;
     }

@@ -529,10 +529,6 @@ impl SkeletonTarget {
         self.process.as_ref().expect("the process was made")
     }
 
-    pub(crate) fn channels(&mut self) -> &mut [Channel] {
-        &mut self.channels
-    }
-
     pub(crate) fn ours(&self) -> Range<u64> {
         self.ours.clone()
     }

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod pipes;
 pub mod scheduling;
 pub mod signals;
+pub mod tasks;
 pub mod terminals;
 pub mod threads;
 pub mod timers;
@@ -84,7 +85,7 @@ pub fn names() -> Vec<&'static str> {
         signals::ThreadSignals::NAME,
         timers::ProcessTimers::NAME,
         "registers",
-        "tasks",
+        tasks::NAME,
     ];
     names.extend(descriptors::KIND_NAMES);
     names.sort_unstable();

@@ -160,7 +160,8 @@ fn file_source(
     let writable = found.shared && found.has("mw");
     let offset = found.offset;
     let text = link.as_bytes();
-    if text.starts_with(b"/memfd:") || (text == b"/dev/zero (deleted)" && stat.st_mode & libc::S_IFMT == libc::S_IFREG) {
+    if text.starts_with(b"/memfd:") || (text == b"/dev/zero (deleted)" && stat.st_mode & libc::S_IFMT == libc::S_IFREG)
+    {
         return match objects.add(context.target, &path, link, stat) {
             Ok(Ok(id)) => Ok(Some(Source::Object { id, offset, writable })),
             Ok(Err(why)) => {
@@ -177,9 +178,7 @@ fn file_source(
     }
     match locate(link, stat) {
         Located::Path(path) => match stat.st_mode & libc::S_IFMT {
-            libc::S_IFREG => {
-                Ok(Some(Source::File { path, identity: Identity::of(stat), offset, writable }))
-            }
+            libc::S_IFREG => Ok(Some(Source::File { path, identity: Identity::of(stat), offset, writable })),
             libc::S_IFCHR if path.as_os_str() == "/dev/zero" && !found.shared => Ok(Some(Source::Anonymous)),
             _ => {
                 let why = "memory of a device is not supported";

@@ -93,11 +93,7 @@ impl Objects {
     }
 
     /// Writes the content of all objects into the image.
-    pub fn write(
-        &mut self,
-        store: &mut dyn ImageWriter,
-        meter: &mut Meter<'_>,
-    ) -> Result<Vec<Object>, DumpError> {
+    pub fn write(&mut self, store: &mut dyn ImageWriter, meter: &mut Meter<'_>) -> Result<Vec<Object>, DumpError> {
         let mut objects = Vec::with_capacity(self.found.len());
         for found in self.found.drain(..) {
             let mut object = found.object;

@@ -77,8 +77,7 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
     used.sort_unstable();
     used.dedup();
     let fds: Vec<_> = used.iter().map(|&index| all[index].as_fd()).collect();
-    let passed: HashMap<usize, RemoteFd> =
-        used.iter().copied().zip(target.fds_in(&fds).map_err(failed)?).collect();
+    let passed: HashMap<usize, RemoteFd> = used.iter().copied().zip(target.fds_in(&fds).map_err(failed)?).collect();
 
     let special = target.footprint().special;
     let mut special = special.iter();
