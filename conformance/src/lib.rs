@@ -8,6 +8,7 @@ pub mod backends;
 pub mod case;
 pub mod cases;
 pub mod driver;
+pub mod expect;
 pub mod isolation;
 pub mod matrix;
 pub mod suite;

@@ -6,17 +6,14 @@ mod calls;
 mod memory;
 mod programs;
 mod registers;
+mod signals;
 mod tasks;
+mod timers;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
-    let files: &[fn() -> Vec<Case>] = &[
-        calls::cases, //
-        memory::cases,
-        programs::cases,
-        registers::cases,
-        tasks::cases,
-    ];
+    let files: &[fn() -> Vec<Case>] =
+        &[calls::cases, memory::cases, programs::cases, registers::cases, signals::cases, tasks::cases, timers::cases];
     files.iter().flat_map(|cases| cases()).collect()
 }
 

@@ -93,7 +93,7 @@ pub fn ask(target: &mut dyn Target) -> Result<Vec<Answers>, DumpError> {
     for chunk in tids.chunks(THREADS_A_BATCH) {
         let mut batch = Batch::new();
         let asked: Vec<ByMain> = chunk.iter().map(|&tid| ByMain::ask(&mut batch, tid)).collect();
-        let by_main = run(target, 0, &batch)?;
+        let by_main = run(target, None, &batch)?;
         for (&tid, asked) in chunk.iter().zip(asked) {
             all.push(ask_one(target, tid, all.first(), &asked, &by_main, all.len())?);
         }
@@ -106,13 +106,18 @@ pub fn ask_main(target: &mut dyn Target) -> Result<Answers, DumpError> {
     let tid = target.threads()[0];
     let mut batch = Batch::new();
     let asked = ByMain::ask(&mut batch, tid);
-    let by_main = run(target, 0, &batch)?;
+    let by_main = run(target, None, &batch)?;
     ask_one(target, tid, None, &asked, &by_main, 0)
 }
 
-fn run(target: &mut dyn Target, thread: usize, batch: &Batch) -> Result<Replies, DumpError> {
+/// Runs a batch on a thread, or on whichever is the quickest.
+fn run(target: &mut dyn Target, thread: Option<usize>, batch: &Batch) -> Result<Replies, DumpError> {
     let pid = target.pid();
-    target.run_on(thread, batch).map_err(|source| DumpError::Target { resource: "tasks", pid, source })
+    let replies = match thread {
+        Some(thread) => target.run_on(thread, batch),
+        None => target.run(batch),
+    };
+    replies.map_err(|source| DumpError::Target { resource: "tasks", pid, source })
 }
 
 /// Calls that take a thread id, so that the main thread can make them.
@@ -191,7 +196,7 @@ fn ask_one(
         Some(_) => None,
         None => Some([0, 1, 2].map(|which| batch.try_call(Sysno::prctl, args![PR_GET_SPECULATION_CTRL, which]))),
     };
-    let replies = run(target, thread, &batch)?;
+    let replies = run(target, Some(thread), &batch)?;
 
     let altstack = replies.words(altstack);
     let robust_list = by_main.words(asked.robust_list);
