@@ -3,13 +3,13 @@
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use ckpt_agent::process::Process;
 use ckpt_agent::protocol::CODE_SIZE;
 use ckpt_agent::{Channel, LaneKind, Region, Wait};
+use ckpt_core::args;
 use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
-use ckpt_core::batch::{Batch, Operation, Replies};
+use ckpt_core::batch::{Batch, Operation, Replies, Sysno};
 use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
@@ -214,6 +214,18 @@ impl FrozenTarget {
     }
 }
 
+impl FrozenTarget {
+    /// After SIGKILL, until there is nothing of it but what its parent waits for.
+    fn wait_ended(&self) {
+        // We are told first, and only then the parent. The main thread ends last.
+        for tracee in self.tracees.iter().rev() {
+            while !matches!(sys::wait(tracee.tid, true), Ok(Some(sys::Stop::Ended(_))) | Err(_)) {}
+        }
+        let mut ended = [PollFd::new(self.process.pidfd().as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut ended, PollTimeout::from(10_000u16));
+    }
+}
+
 impl Target for FrozenTarget {
     fn pid(&self) -> Pid {
         self.tids[0]
@@ -370,19 +382,36 @@ impl Frozen for FrozenTree {
         self.let_go(Some(libc::SIGSTOP))
     }
 
+    /// Children before parents, which wait for them first: nothing is left to whoever inherits orphans.
     fn kill(mut self: Box<Self>) -> Result<(), DumpError> {
-        for target in self.each() {
-            let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), libc::SIGKILL);
-        }
-        let deadline = Instant::now() + Duration::from_secs(10);
-        for target in self.each() {
-            // We are told first, and only then the parent.
-            for tracee in target.tracees.iter().rev() {
-                while !matches!(sys::wait(tracee.tid, true), Ok(Some(sys::Stop::Ended(_))) | Err(_)) {}
+        let parents: Vec<Pid> = self.processes.iter().map(|frozen| frozen.task.ppid).collect();
+        let zombies: Vec<(Pid, Pid)> = self.zombies.iter().map(|zombie| (zombie.task.ppid, zombie.task.pid)).collect();
+        let pids: Vec<Pid> = self.processes.iter().map(|frozen| frozen.task.pid).collect();
+        let mut alive: Vec<usize> = (0..pids.len()).collect();
+        while !alive.is_empty() {
+            let (inner, leaves): (Vec<usize>, Vec<usize>) =
+                alive.iter().partition(|&&parent| alive.iter().any(|&child| parents[child] == pids[parent]));
+            let dead = |pid: Pid| {
+                let children =
+                    pids.iter().zip(&parents).filter(move |(_, parent)| **parent == pid).map(|(&child, _)| child);
+                children.chain(zombies.iter().filter(move |(parent, _)| *parent == pid).map(|&(_, zombie)| zombie))
+            };
+            for (index, target) in self.each().enumerate() {
+                if leaves.contains(&index) {
+                    let mut batch = Batch::new();
+                    for child in dead(pids[index]).take(ckpt_core::batch::MAX_CALLS) {
+                        batch.try_call(Sysno::wait4, args![child.0, 0, libc::__WALL | libc::WNOHANG, 0]);
+                    }
+                    let _ = target.run(&batch);
+                    let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), libc::SIGKILL);
+                }
             }
-            let mut ended = [PollFd::new(target.process.pidfd().as_fd(), PollFlags::POLLIN)];
-            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
-            let _ = poll(&mut ended, PollTimeout::from(left));
+            for (index, target) in self.each().enumerate() {
+                if leaves.contains(&index) {
+                    target.wait_ended();
+                }
+            }
+            alive = inner;
         }
         self.targets.clear();
         Ok(())

@@ -213,7 +213,7 @@ fn spawn_root(
             Some(libc::EEXIST) => failed(&format!("making process {}: the pid is in use", task.pid), error),
             _ => failed(&format!("making process {}", task.pid), error),
         })?;
-    let inherited = root.open()?;
+    drop(root.open()?);
     // It has our registration for rseq, at an address of ours.
     let rseq = rseq_of(task.pid).map_err(|error| failed("looking at the root of the skeleton", error))?;
     let mut batch = Batch::new();
@@ -221,7 +221,7 @@ fn spawn_root(
         const RSEQ_FLAG_UNREGISTER: i32 = 1;
         batch.call(Sysno::rseq, args![rseq.address, rseq.size, RSEQ_FLAG_UNREGISTER, rseq.signature]);
     }
-    root.settle_descriptors(&mut batch);
+    root.settle_descriptors(&mut batch)?;
     for (mapping, (_, parked)) in our_mappings.iter().filter(|mapping| is_special(mapping)).zip(&layout.special) {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         batch.call(Sysno::mremap, args![mapping.start, mapping.len(), mapping.len(), flags, parked.start]);
@@ -235,7 +235,6 @@ fn spawn_root(
     if image.processes[0].task.sid == task.pid && children_before_setsid(image, 0).is_empty() {
         batch.call(Sysno::setsid, args![]);
     }
-    drop(inherited);
     root.run(&batch).map_err(target_failed(task.pid))?;
     Ok(())
 }
@@ -325,7 +324,7 @@ fn spawn_children(
             let child = tree.target(child);
             child.open()?;
             let mut batch = Batch::new();
-            child.settle_descriptors(&mut batch);
+            child.settle_descriptors(&mut batch)?;
             child.run(&batch).map_err(target_failed(child.task.pid))?;
         }
     }
@@ -513,16 +512,20 @@ impl SkeletonTarget {
         Ok(self.held.take())
     }
 
-    /// Moves its socket to its number, and closes everything else.
-    fn settle_descriptors(&mut self, batch: &mut Batch) {
+    /// Moves its socket to its number. Adds the calls that close everything else.
+    fn settle_descriptors(&mut self, batch: &mut Batch) -> Result<(), RestoreError> {
         let agent_fd = self.agent_fd;
         let now = self.channels[0].their_socket().expect("the main lane has a socket");
         if now != agent_fd {
-            batch.call(Sysno::dup3, args![now, agent_fd, libc::O_CLOEXEC]);
+            // By itself: until it has run, the new number may be that of its parent's socket.
+            let mut first = Batch::new();
+            first.call(Sysno::dup3, args![now, agent_fd, libc::O_CLOEXEC]);
+            self.run(&first).map_err(target_failed(self.task.pid))?;
             self.channels[0].socket_moved(agent_fd);
         }
         batch.call(Sysno::close_range, args![0, agent_fd.0 - 1, 0]);
         batch.call(Sysno::close_range, args![agent_fd.0 + 1, u32::MAX, 0]);
+        Ok(())
     }
 
     pub(crate) fn process(&self) -> &Process {

@@ -209,12 +209,14 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
             "start the program without tagged addresses",
         ));
     }
-    // ckpt itself has no adjustments, and what has none is equal in this.
+    // ckpt itself has no list of adjustments, and what has none is equal in this. Threads make an empty list
+    // (CLONE_SYSVSEM), which matters only where there are semaphores.
     let ours = Pid(std::process::id() as i32);
     let compared = context.target.compare(Kcmp::Sysvsem, 0, ours, 0);
     // Without the right to look at ourselves through the target (or without CONFIG_KCMP) nothing is known: then a
     // process that has used no System V semaphores must not be hindered.
-    if compared.is_ok_and(|order| order.is_ne()) {
+    let semaphores = std::fs::read_to_string("/proc/sysvipc/sem").is_ok_and(|table| table.lines().count() > 1);
+    if semaphores && compared.is_ok_and(|order| order.is_ne()) {
         refusals.push((
             "System V semaphores".into(),
             "there are adjustments to be undone when the process ends (SEM_UNDO)".into(),
