@@ -88,6 +88,19 @@ impl Entropy<'_> {
         [0, 1, 1, 2, 3][usize::from(self.byte() % 5)]
     }
 
+    pub fn text(&mut self) -> String {
+        (0..self.byte() % 12)
+            .map(|_| match self.byte() % 100 {
+                95 => 'é',
+                96 => '\n',
+                97 => '\0',
+                98 => '語',
+                99 => '🦀',
+                ascii => char::from(b' ' + ascii),
+            })
+            .collect()
+    }
+
     /// A name without NUL, and any byte else.
     pub fn name(&mut self) -> Vec<u8> {
         (0..self.byte() % 12).map(|_| self.byte().max(1)).collect()
@@ -200,7 +213,7 @@ identical! {
     i16: |entropy| entropy.number() as i16,
     i32: |entropy| entropy.number() as i32,
     i64: |entropy| entropy.number() as i64,
-    String: |entropy| String::from_utf8_lossy(&entropy.name()).into_owned(),
+    String: |entropy| entropy.text(),
 }
 
 macro_rules! items {

@@ -6,9 +6,11 @@
 //! 2. A kind of file: one line in `FileKindV1` in `descriptors.rs`, `Pipe(PipeV1)`, the variant named as in
 //!    `file_kinds!`. State of a process or thread: its struct is there as a placeholder already, extend it.
 //! 3. What the types cannot say (an index in range, a number that core takes for granted) goes into `validate.rs`.
-//! 4. `CKPT_UPDATE=1 cargo test -p ckpt-formats` writes the new hash of these files into SPEC.md and makes the golden
-//!    image anew; look at the diff. Put a value of your kind into `tests/common/mod.rs` so that it is in the golden image,
-//!    and its fields into SPEC.md.
+//! 4. Its values are in the property tests and the golden image without further ado ([`Wire::any`](crate::wire::Wire::any)),
+//!    its documentation in SPEC-v1.cddl is that of the live struct.
+//!
+//! `CKPT_UPDATE=1 cargo test -p ckpt-formats` makes the schema, the hashes in SPEC.md and the golden image anew; look at
+//! the difference.
 //!
 //! After the release of v1 these files do not change: what is new makes a `v2`.
 
@@ -62,7 +64,6 @@ pub struct BlobV1 {
 }
 
 wire_struct! {
-    /// The saved tree.
     pub struct ImageV1 for ckpt_core::Image {
         host: host::HostFactsV1,
         processes: Vec<tasks::ProcessV1>,

@@ -37,7 +37,7 @@ pub fn image(bytes: &[u8]) -> Image {
 
 /// As [`image`], of bytes that follow from a number.
 pub fn image_of(seed: u64) -> Image {
-    image(&random_bytes(seed, 20_000))
+    image(&random_bytes(seed, 6_000))
 }
 
 /// One with everything: every kind of file, pages of processes and of shared memory, zombies.
@@ -154,9 +154,9 @@ fn tidy_name(name: &mut Vec<u8>, most: usize) {
     name.iter_mut().for_each(|byte| *byte = (*byte).max(1));
 }
 
-/// The content of a page in the images of tests.
+/// The content of a page in the images of tests: different ones, but small in a repository.
 pub fn page(number: u64) -> Vec<u8> {
-    random_bytes(number, PAGE_SIZE as usize)
+    random_bytes(number, 32).repeat(PAGE_SIZE as usize / 32)
 }
 
 /// The content of the blobs: one with holes, one that is empty.
@@ -164,13 +164,13 @@ pub fn blob(number: u32) -> fs::File {
     let file = tempfile::tempfile().unwrap();
     if number == 0 {
         file.write_all_at(b"before the hole", 0).unwrap();
-        file.write_all_at(b"after the hole", 300_000).unwrap();
-        file.set_len(1_000_000).unwrap();
+        file.write_all_at(b"after the hole", 70_000).unwrap();
+        file.set_len(100_000).unwrap();
     }
     file
 }
 
-/// Writes pages and blobs as a dump would, page by page from out of order.
+/// Writes pages and blobs as a dump would, the pages last to first.
 pub fn fill(writer: &mut dyn ImageWriter) {
     let pages = fs::File::from(writer.pages().try_clone_to_owned().unwrap());
     let mut reserved = 0;
