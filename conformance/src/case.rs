@@ -132,8 +132,8 @@ impl Case {
         self
     }
 
-    /// The subject goes on changing its mappings, descriptors or threads while it waits, so that what can be seen of
-    /// it from outside is not compared. It must then check for itself that nothing of ckpt stayed.
+    /// The subject goes on working while it waits: of what can be seen from outside only what it does not change by
+    /// itself is compared ([`Visible::coarse`](crate::visible::Visible::coarse)).
     pub fn unsteady(mut self) -> Case {
         self.unsteady = true;
         self

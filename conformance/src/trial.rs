@@ -328,28 +328,24 @@ impl Init<'_> {
         names.filter(|name| !name.starts_with("driver.") && name != OUTPUT).collect()
     }
 
-    fn look(&mut self) -> (BTreeSet<i32>, Option<Visible>) {
+    fn look(&mut self) -> (BTreeSet<i32>, Visible) {
         self.reap();
         let pids = processes();
-        let visible = (!self.case.unsteady).then(|| Visible::look(&pids));
-        (pids, visible)
+        let visible = Visible::look(&pids);
+        (pids, if self.case.unsteady { visible.coarse() } else { visible })
     }
 
-    /// Compares the tree with how it looked. Of a subject that changes by itself, only that its root is there.
-    fn compare(&mut self, before: (BTreeSet<i32>, Option<Visible>), when: &str) -> Verdict {
+    /// Compares the tree with how it looked.
+    fn compare(&mut self, before: (BTreeSet<i32>, Visible), when: &str) -> Verdict {
         let after = self.look();
         if !after.0.contains(&self.root) {
             let status = self.ended.get(&self.root).map(|status| format!(" ({status})")).unwrap_or_default();
             return Err(format!("{when} process {} is not there{status}: {}", self.root, self.verdict()));
         }
-        if self.case.unsteady {
-            return Ok(());
-        }
         if before.0 != after.0 {
             return Err(format!("{when} there are processes {:?}, expected {:?}", after.0, before.0));
         }
-        let (Some(before), Some(after)) = (before.1, after.1) else { return Ok(()) };
-        let mut lines = before.difference(&after);
+        let mut lines = before.1.difference(&after.1);
         if lines.is_empty() {
             return Ok(());
         }

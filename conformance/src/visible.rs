@@ -58,6 +58,38 @@ impl Visible {
         Visible(facts.facts)
     }
 
+    /// Only what a program that goes on working does not change: no signal masks, no positions of files, and of its
+    /// mappings only what has a name.
+    pub fn coarse(self) -> Visible {
+        let changing = ["SigPnd", "ShdPnd", "SigBlk", "timers"];
+        let facts = self.0.into_iter().filter_map(|((pid, what), how)| {
+            if changing.iter().any(|end| what.ends_with(end)) {
+                None
+            } else if what.starts_with("mapping ") {
+                // MODES DEVICE INODE NAME at OFFSET
+                let name = how.splitn(4, ' ').nth(3)?.rsplit_once(" at ")?.0.to_string();
+                (!name.is_empty()).then_some(((pid, format!("mapped {name}")), String::new()))
+            } else if what.starts_with("descriptor ") {
+                let flags = how.rsplit_once(" flags:").map(|(_, flags)| flags);
+                let link = how.split_once(" pos:").map_or(how.as_str(), |(link, _)| link);
+                Some(((pid, what), format!("{link} {}", flags.unwrap_or("").trim())))
+            } else {
+                Some(((pid, what), how))
+            }
+        });
+        Visible(facts.collect())
+    }
+
+    /// The same without pending signals, and without the mappings that begin in `window`: a worker's.
+    pub fn outside(mut self, window: std::ops::Range<u64>) -> Visible {
+        self.0.retain(|(_, what), _| {
+            let start =
+                what.strip_prefix("mapping ").and_then(|range| u64::from_str_radix(range.split('-').next()?, 16).ok());
+            !what.ends_with("SigPnd") && !what.ends_with("ShdPnd") && start.is_none_or(|start| !window.contains(&start))
+        });
+        self
+    }
+
     /// What differs, in lines for people; empty if nothing does.
     pub fn difference(&self, later: &Visible) -> Vec<String> {
         let keys: BTreeSet<_> = self.0.keys().chain(later.0.keys()).collect();
@@ -230,6 +262,20 @@ mod tests {
         assert_eq!(only(opened.difference(&mapped), "sh at 0x0"), 1);
         drop(shell);
         drop(file);
+    }
+
+    #[test]
+    fn the_coarse_view_keeps_names_and_flags() {
+        let fact = |what: &str, how: &str| ((7, what.to_string()), how.to_string());
+        let fine = Visible(BTreeMap::from([
+            fact("mapping 1000-2000", "rw-p 00:00 0  at 0x0"),
+            fact("mapping 3000-4000", "r-xp 08:01 5 /a b at 0x0"),
+            fact("descriptor 3", "/a b pos:\t5 flags:\t02"),
+            fact("thread 7 SigBlk", "0"),
+            fact("parent", "1"),
+        ]));
+        let coarse = BTreeMap::from([fact("mapped /a b", ""), fact("descriptor 3", "/a b 02"), fact("parent", "1")]);
+        assert_eq!(fine.coarse(), Visible(coarse));
     }
 
     #[test]
