@@ -97,7 +97,7 @@ fn collect(
     let targets = frozen.targets();
     tasks::examine(targets, &tasks, &zombies, options, &mut refusals)?;
     let mut objects = memory::Objects::default();
-    let descriptors::Collected { census, tables, files } =
+    let descriptors::Collected { census, tables, files, losses } =
         descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
@@ -139,7 +139,7 @@ fn collect(
         deleted_files: Vec::new(),
         locks,
         shell_job: options.shell_job,
-        losses: Vec::new(),
+        losses,
     };
     host::note_xsave(&mut image);
     Ok((image, objects))

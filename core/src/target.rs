@@ -254,4 +254,15 @@ pub enum Kcmp {
     Sysvsem,
     /// I/O contexts.
     Io,
+    /// An open file description and what an epoll watches: `mine` is a descriptor number, `theirs` the epoll's.
+    EpollTarget(EpollSlot),
+}
+
+/// Which entry of an epoll (`struct kcmp_epoll_slot`, with the epoll's own number).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpollSlot {
+    /// The number that the entry was added under.
+    pub target: i32,
+    /// How many entries of the same number come before it in `fdinfo`.
+    pub offset: u32,
 }

@@ -12,6 +12,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,6 +26,7 @@ use crate::backend::{DumpOptions, RestoreOptions};
 use crate::batch::{Arg, Batch, CallId, Replies, Sysno};
 use crate::error::{DumpError, Refusal, RestoreError};
 use crate::image::Image;
+use crate::resource::sockets::{self, SocketKind};
 use crate::resource::{Check, Resource, Scope, memory};
 use crate::store::{ImageReader, ImageWriter};
 use crate::target::{Kcmp, Pid, RemoteFd, Target, TargetError};
@@ -92,6 +94,8 @@ pub struct Seen {
     pub stat: FileStat,
     /// `/proc/PID/fdinfo/N`.
     pub info: FdInfo,
+    /// What kind of socket it is, if it is one.
+    pub socket: Option<SocketKind>,
 }
 
 impl Seen {
@@ -201,6 +205,12 @@ file_kinds! {
     Pipe: super::pipes::Pipes,
     Fifo: super::fifos::Fifos,
     Terminal: super::terminals::Terminals,
+    Epoll: super::epoll::Epolls,
+    Eventfd: super::eventfd::Eventfds,
+    InetSocket: super::inet_sockets::InetSockets,
+    Signalfd: super::signalfd::Signalfds,
+    Timerfd: super::timerfd::Timerfds,
+    UnixSocket: super::unix_sockets::UnixSockets,
 }
 
 impl FileKind {
@@ -250,10 +260,18 @@ pub struct CollectFile<'a> {
     pub store: &'a mut dyn ImageWriter,
     pub options: &'a DumpOptions,
     pub refusals: &'a mut Vec<Refusal>,
+    /// What the user has allowed to be lost, in words.
+    pub losses: &'a mut Vec<String>,
     pub resource: &'static str,
 }
 
 impl CollectFile<'_> {
+    /// Notes something that is lost because an option allows it.
+    pub fn lose(&mut self, what: impl fmt::Display) {
+        let (resource, pid, subject) = (self.resource, self.seen.pid, self.seen.subject());
+        self.losses.push(format!("{resource}: process {pid}, {subject}: {what}"));
+    }
+
     /// The process that the descriptor was seen in.
     pub fn target(&mut self) -> &mut dyn Target {
         &mut *self.targets[self.seen.process]
@@ -299,6 +317,8 @@ pub struct Collected {
     pub tables: Vec<Table>,
     /// By [`FileId`], unless something was refused.
     pub files: Vec<OpenFile>,
+    /// What the user has allowed to be lost, in words.
+    pub losses: Vec<String>,
 }
 
 /// Collects the tables and files of the whole tree.
@@ -322,9 +342,11 @@ pub fn collect(
     for (process, (target, links)) in targets.iter().zip(links).enumerate() {
         look(process, &**target, links, &mut seen).map_err(|source| io_error(&**target, source))?;
     }
-    let (census, tables) = identify(targets, seen)?;
+    let (mut census, tables) = identify(targets, seen)?;
+    sockets::ask_kinds(targets, &mut census)?;
     let owners = collect_owners(targets, &census)?;
     let mut files = Vec::with_capacity(census.seen.len());
+    let mut losses = Vec::new();
     for (index, (seen, owner)) in census.seen.iter().zip(owners).enumerate() {
         let mut context = CollectFile {
             targets: &mut *targets,
@@ -335,6 +357,7 @@ pub fn collect(
             store: &mut *store,
             options,
             refusals: &mut *refusals,
+            losses: &mut losses,
             resource: NAME,
         };
         let Some(kind) = collect_kind(&mut context)? else {
@@ -346,11 +369,14 @@ pub fn collect(
         // O_CLOEXEC is the descriptor's.
         files.push(OpenFile { flags: seen.info.flags & !libc::O_CLOEXEC, owner, kind });
     }
-    Ok(Collected { census, tables, files })
+    Ok(Collected { census, tables, files, losses })
 }
 
 /// What a kind of file is that nobody claims.
 fn unsupported(seen: &Seen) -> String {
+    if let Some(socket) = seen.socket {
+        return format!("{} are not supported", socket.name());
+    }
     let link = seen.link.to_string_lossy();
     let name = match link.strip_prefix("anon_inode:") {
         Some("[io_uring]") => "io_uring instances",
@@ -413,6 +439,7 @@ fn look(process: usize, target: &dyn Target, links: Links, seen: &mut Vec<Seen>)
             stat: proc.stat(format!("fd/{fd}"))?,
             info: FdInfo::parse(&info)
                 .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("fdinfo/{fd}: {info:?}")))?,
+            socket: None,
         });
     }
     Ok(())
