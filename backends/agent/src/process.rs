@@ -63,6 +63,11 @@ impl Process {
 
     pub fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
         let number = match kind {
+            Kcmp::EpollTarget(slot) => {
+                let slot = [theirs as u32, slot.target as u32, slot.offset];
+                let order = sys::kcmp_epoll(self.pid.0, other.0, mine, slot);
+                return order.map(ordering).map_err(|source| self.error("kcmp", source));
+            }
             Kcmp::File => 0,
             Kcmp::Vm => 1,
             Kcmp::Files => 2,
@@ -71,12 +76,8 @@ impl Process {
             Kcmp::Io => 5,
             Kcmp::Sysvsem => 6,
         };
-        // kcmp(2): 0 equal, 1 less, 2 greater, 3 unequal without an order
-        match sys::kcmp(self.pid.0, other.0, number, mine, theirs).map_err(|source| self.error("kcmp", source))? {
-            0 => Ok(Ordering::Equal),
-            1 => Ok(Ordering::Less),
-            _ => Ok(Ordering::Greater),
-        }
+        let order = sys::kcmp(self.pid.0, other.0, number, mine, theirs);
+        order.map(ordering).map_err(|source| self.error("kcmp", source))
     }
 
     /// See [`ckpt_core::Target::private_pages`].
@@ -148,5 +149,14 @@ fn push(runs: &mut Vec<PageRun>, start: u64, pages: u64) {
     match runs.last_mut() {
         Some(last) if last.end() == start => last.pages += pages,
         _ => runs.push(PageRun { start, pages }),
+    }
+}
+
+/// kcmp(2): 0 equal, 1 less, 2 greater, 3 unequal without an order.
+fn ordering(order: i64) -> Ordering {
+    match order {
+        0 => Ordering::Equal,
+        1 => Ordering::Less,
+        _ => Ordering::Greater,
     }
 }

@@ -150,6 +150,13 @@ pub fn kcmp(pid1: i32, pid2: i32, kind: i32, index1: u64, index2: u64) -> io::Re
     check(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, kind, index1, index2) })
 }
 
+/// `KCMP_EPOLL_TFD`: `slot` is `struct kcmp_epoll_slot`, the numbers of the epoll and of its entry, and an offset.
+pub fn kcmp_epoll(pid1: i32, pid2: i32, file: u64, slot: [u32; 3]) -> io::Result<i64> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    // SAFETY: the kernel reads the slot, which lives until the call returns.
+    check(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, KCMP_EPOLL_TFD, file, slot.as_ptr()) })
+}
+
 pub fn process_vm_read(pid: i32, from: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let remote = libc::iovec { iov_base: from as *mut libc::c_void, iov_len: buffer.len() };

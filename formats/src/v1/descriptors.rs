@@ -1,6 +1,8 @@
 //! Descriptor tables and open file descriptions.
 
-use crate::v1::{devices, fifos, files, pipes, terminals};
+use crate::v1::{
+    devices, epoll, eventfd, fifos, files, inet_sockets, pipes, signalfd, terminals, timerfd, unix_sockets,
+};
 use crate::wire::{wire_enum, wire_struct};
 
 wire_struct! {
@@ -41,5 +43,11 @@ wire_enum! {
         Pipe(pipes::PipeV1),
         Fifo(fifos::FifoV1),
         Terminal(terminals::TerminalV1),
+        Epoll(epoll::EpollV1),
+        Eventfd(eventfd::EventfdV1),
+        InetSocket(inet_sockets::InetSocketV1),
+        Signalfd(signalfd::SignalfdV1),
+        Timerfd(timerfd::TimerfdV1),
+        UnixSocket(unix_sockets::UnixSocketV1),
     }
 }

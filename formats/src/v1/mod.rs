@@ -18,20 +18,27 @@ pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
 pub mod devices;
+pub mod epoll;
+pub mod eventfd;
 pub mod fifos;
 pub mod files;
 pub mod filesystem;
 pub mod host;
+pub mod inet_sockets;
 pub mod limits;
 pub mod locks;
 pub mod memory;
 pub mod pipes;
 pub mod registers;
 pub mod scheduling;
+pub mod signalfd;
 pub mod signals;
+pub mod sockets;
 pub mod tasks;
 pub mod terminals;
+pub mod timerfd;
 pub mod timers;
+pub mod unix_sockets;
 
 use serde::{Deserialize, Serialize};
 
