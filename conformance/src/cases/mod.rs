@@ -3,17 +3,40 @@
 use crate::case::Case;
 
 mod calls;
+mod descriptors;
+mod devices;
+mod fifos;
+mod files;
+mod filesystem;
+mod locks;
 mod memory;
+mod pipes;
 mod programs;
 mod registers;
 mod signals;
 mod tasks;
+mod terminals;
 mod timers;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
-    let files: &[fn() -> Vec<Case>] =
-        &[calls::cases, memory::cases, programs::cases, registers::cases, signals::cases, tasks::cases, timers::cases];
+    let files: &[fn() -> Vec<Case>] = &[
+        calls::cases, //
+        descriptors::cases,
+        devices::cases,
+        fifos::cases,
+        files::cases,
+        filesystem::cases,
+        locks::cases,
+        memory::cases,
+        pipes::cases,
+        programs::cases,
+        registers::cases,
+        signals::cases,
+        tasks::cases,
+        terminals::cases,
+        timers::cases,
+    ];
     files.iter().flat_map(|cases| cases()).collect()
 }
 

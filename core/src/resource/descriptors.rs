@@ -202,6 +202,7 @@ macro_rules! file_kinds {
 file_kinds! {
     Device: super::devices::Devices,
     File: super::files::Files,
+    Memfd: super::memfds::Memfds,
     Pipe: super::pipes::Pipes,
     Fifo: super::fifos::Fifos,
     Terminal: super::terminals::Terminals,
@@ -387,7 +388,6 @@ fn unsupported(seen: &Seen) -> String {
         Some("bpf-prog" | "bpf-map" | "bpf_link" | "btf") => "bpf objects",
         Some(_) => "descriptors of this kind",
         None if link.starts_with("pidfd:") => "pidfds",
-        None if link.starts_with("/memfd:") => "memfd descriptors",
         None if link.starts_with("socket:") => "sockets of this kind",
         None => match seen.file_type() {
             libc::S_IFCHR => "devices of this kind",

@@ -25,6 +25,7 @@ use crate::error::{DumpError, RestoreError};
 use crate::image::{HostFacts, Image};
 use crate::procfs::ProcDir;
 use crate::resource::descriptors::{CollectFile, FileResource, OfFile, RebuildFile, Seen};
+use crate::resource::memfds::Memfds;
 use crate::resource::{Check, Resource};
 use crate::store::{BlobId, ImageReader, ImageWriter};
 
@@ -299,7 +300,7 @@ impl Resource for Files {
             }
             Place::Proc { path } => open(context, process, path.as_os_str(), flags, position, |_| None),
             Place::Deleted { id } => {
-                let opened = reopen_deleted(context.objects.deleted[id.0 as usize].as_fd(), flags, position);
+                let opened = reopen(context.objects.deleted[id.0 as usize].as_fd(), flags, position);
                 let file = opened.map_err(|errno| RestoreError::Io {
                     what: "a deleted file could not be opened again".into(),
                     source: errno.into(),
@@ -310,8 +311,8 @@ impl Resource for Files {
     }
 }
 
-/// A new open file description of a deleted file.
-fn reopen_deleted(file: BorrowedFd<'_>, flags: i32, position: i64) -> nix::Result<OwnedFd> {
+/// A new open file description of what a descriptor of ours leads to: a deleted file, a memory file.
+pub fn reopen(file: BorrowedFd<'_>, flags: i32, position: i64) -> nix::Result<OwnedFd> {
     // The name in /proc is a symbolic link.
     let flags = OFlag::from_bits_retain(flags & !libc::O_NOFOLLOW);
     let opened = nix::fcntl::open(format!("/proc/self/fd/{}", file.as_raw_fd()).as_str(), flags, Mode::empty())?;
@@ -379,12 +380,10 @@ fn read_stat(replies: &Replies, stat: Slot) -> Opened {
 
 impl FileResource for Files {
     fn claims(seen: &Seen) -> bool {
-        // memfd and what else has no path is someone else's; O_PATH is only a place, whatever is there.
+        // O_PATH is only a place, whatever is there.
         let named = seen.link.as_bytes().starts_with(b"/") || seen.link.as_bytes().starts_with(b"(unreachable)");
         let place_only = seen.info.flags & libc::O_PATH != 0;
-        named
-            && !seen.link.as_bytes().starts_with(b"/memfd:")
-            && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
+        named && !Memfds::claims(seen) && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
     }
 
     fn finish(_saved: &File, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {

@@ -15,6 +15,7 @@ pub mod filesystem;
 pub mod inet_sockets;
 pub mod limits;
 pub mod locks;
+pub mod memfds;
 pub mod memory;
 pub mod pipes;
 pub mod scheduling;

@@ -1,7 +1,7 @@
 //! Descriptor tables and open file descriptions.
 
 use crate::v1::{
-    devices, epoll, eventfd, fifos, files, inet_sockets, pipes, signalfd, terminals, timerfd, unix_sockets,
+    devices, epoll, eventfd, fifos, files, inet_sockets, memfds, pipes, signalfd, terminals, timerfd, unix_sockets,
 };
 use crate::wire::{wire_enum, wire_struct};
 
@@ -40,6 +40,7 @@ wire_enum! {
     pub enum FileKindV1 for ckpt_core::resource::descriptors::FileKind {
         Device(devices::DeviceV1),
         File(files::FileV1),
+        Memfd(memfds::MemfdV1),
         Pipe(pipes::PipeV1),
         Fifo(fifos::FifoV1),
         Terminal(terminals::TerminalV1),

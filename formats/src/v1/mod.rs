@@ -27,6 +27,7 @@ pub mod host;
 pub mod inet_sockets;
 pub mod limits;
 pub mod locks;
+pub mod memfds;
 pub mod memory;
 pub mod pipes;
 pub mod registers;

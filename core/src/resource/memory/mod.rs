@@ -12,7 +12,7 @@ mod pages;
 mod rebuild;
 
 pub use collect::collect;
-pub use objects::{Objects, Rebuilt};
+pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::{Eager, Filler, write_pages};
 pub use rebuild::{check, finish, map_all};
 
