@@ -228,13 +228,16 @@ pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreErr
         }
         settle(mapping, &mut batch);
     }
-    let exe = batch.string(memory.exe.as_os_str().as_bytes());
-    if !batch.has_room(4, 256) {
+    if !batch.has_room(4, 4096 + 256) {
         target.run(&std::mem::take(&mut batch)).map_err(failed)?;
     }
+    let exe = batch.string(memory.exe.as_os_str().as_bytes());
     let exe_fd = batch.call(Sysno::openat, args![libc::AT_FDCWD, exe, libc::O_RDONLY | libc::O_CLOEXEC]);
     let replies = target.run(&batch).map_err(failed)?;
     let exe_fd = replies.fd(exe_fd);
+    // A skeleton begins with ckpt's own link. When that is the one wanted, because the program is a ckpt itself, it
+    // must not be set: the kernel refuses to replace one that is mapped, even by itself.
+    let new_exe = if has_exe(target, &memory.exe) { u32::MAX } else { exe_fd.0 as u32 };
 
     let layout = &memory.layout;
     let mut batch = Batch::new();
@@ -253,13 +256,21 @@ pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreErr
         layout.env_start,
         layout.env_end,
         0,
-        (exe_fd.0 as u32 as u64) << 32 | memory.auxv.len() as u64,
+        u64::from(new_exe) << 32 | memory.auxv.len() as u64,
     ]);
     batch.pointer(map, 88, auxv);
     batch.call(Sysno::prctl, args![libc::PR_SET_MM, libc::PR_SET_MM_MAP, map, map.len(), 0]);
     batch.call(Sysno::close, args![exe_fd]);
     target.run(&batch).map_err(failed)?;
     Ok(())
+}
+
+/// Whether `/proc/PID/exe` leads to a file already.
+fn has_exe(target: &dyn Target, exe: &Path) -> bool {
+    match (target.proc().stat("exe"), nix::sys::stat::stat(exe)) {
+        (Ok(now), Ok(wanted)) => (now.st_dev, now.st_ino) == (wanted.st_dev, wanted.st_ino),
+        _ => false,
+    }
 }
 
 const PR_SET_VMA: i32 = 0x5356_4d41;
