@@ -144,6 +144,13 @@ impl Process {
     }
 }
 
+/// Whether this kernel has `PAGEMAP_SCAN` (6.7).
+pub fn has_pagemap_scan() -> bool {
+    let Ok(pagemap) = File::open("/proc/self/pagemap") else { return false };
+    let mut argument = ScanArgument { return_mask: PAGE_IS_FILE, ..ScanArgument::default() };
+    sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut [PageRegion::default()]).is_ok()
+}
+
 /// Appends to a list of runs, and joins what touches.
 fn push(runs: &mut Vec<PageRun>, start: u64, pages: u64) {
     match runs.last_mut() {

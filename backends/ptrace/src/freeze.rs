@@ -10,6 +10,7 @@ use ckpt_core::image::{Task, Zombie};
 use ckpt_core::procfs::{ProcDir, Stat};
 use ckpt_core::{Pid, TargetError};
 
+use crate::probe::DUMP_NEEDS;
 use crate::sys::{self, Stop};
 use crate::tracee::{TraceError, Tracee, wait};
 
@@ -169,10 +170,7 @@ fn stop_threads(stopped: &mut StoppedProcess, deadline: Instant, timeout: Durati
                     if is_dead(stopped, tid) {
                         return Err(unsupported_leader(pid));
                     }
-                    return Err(DumpError::NotPermitted {
-                        pid,
-                        needs: "it needs CAP_SYS_PTRACE (run ckpt as root)".to_string(),
-                    });
+                    return Err(DumpError::NotPermitted { pid, needs: DUMP_NEEDS.to_string() });
                 }
                 Err(source) => {
                     detach_all(&seized);

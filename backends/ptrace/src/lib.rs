@@ -1,9 +1,16 @@
 //! The ptrace backend: dumps any running process, with nothing prepared, and restores trees.
+//!
+//! ```text
+//! dump:     freeze (stop every thread) -> entrance, tracee (get in) -> frozen (run batches) -> put back, detach
+//! restore:  skeleton (clone3 with the old ids) -> batches -> release (commit, hand over, detach)
+//! ```
+
 #![deny(unsafe_code)]
 
 mod entrance;
 mod freeze;
 mod frozen;
+mod probe;
 mod release;
 mod restart;
 mod skeleton;
@@ -11,7 +18,7 @@ mod skeleton;
 mod sys;
 mod tracee;
 
-use ckpt_core::backend::{Availability, Backend, Capability, DumpOptions, Dumper, Frozen, Probe, Restorer, Skeleton};
+use ckpt_core::backend::{Backend, Capability, DumpOptions, Dumper, Frozen, Restorer, Skeleton};
 use ckpt_core::resource::memory::{Eager, Filler};
 use ckpt_core::{DumpError, Image, Pid, Refusal, RestoreError, inventory, resource};
 
@@ -20,7 +27,7 @@ inventory::submit! {
         name: "ptrace",
         summary: "attaches to any running process; nothing has to be prepared",
         capability,
-        probe,
+        probe: probe::probe,
         dumper: Some(|| Box::new(PtraceDumper)),
         restorer: Some(|| Box::new(PtraceRestorer)),
     }
@@ -36,10 +43,6 @@ fn capability() -> Capability {
     }
 }
 
-fn probe() -> Probe {
-    Probe { dump: Availability::Available, restore: Availability::Available, features: Vec::new() }
-}
-
 /// Freezes trees by ptrace(2).
 pub struct PtraceDumper;
 
@@ -53,8 +56,8 @@ impl Dumper for PtraceDumper {
 pub struct PtraceRestorer;
 
 impl Restorer for PtraceRestorer {
-    fn check(&self, _image: &Image) -> Vec<Refusal> {
-        Vec::new()
+    fn check(&self, image: &Image) -> Vec<Refusal> {
+        probe::check(image)
     }
 
     fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError> {

@@ -207,9 +207,7 @@ fn spawn_root(
     let (low, size) = root.channels[0].stack();
     sys::spawn_agent(task.pid, task.exit_signal, root.channels[0].entry(), root.channels[0].address(), low + size)
         .map_err(|error| match error.raw_os_error() {
-            Some(libc::EPERM) => RestoreError::NotPermitted {
-                needs: "choosing process ids needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN (run ckpt as root)".into(),
-            },
+            Some(libc::EPERM) => RestoreError::NotPermitted { needs: crate::probe::RESTORE_NEEDS.into() },
             Some(libc::EEXIST) => failed(&format!("making process {}: the pid is in use", task.pid), error),
             _ => failed(&format!("making process {}", task.pid), error),
         })?;

@@ -238,3 +238,10 @@ pub fn spawn_agent(pid: Pid, exit_signal: i32, entry: u64, lane: u64, stack_top:
     }
     if result < 0 { Err(error) } else { Ok(()) }
 }
+
+/// The xsave features that this CPU has for programs (CPUID leaf 13, as `XCR0`).
+pub fn xsave_features() -> u64 {
+    // The instruction is there on every x86-64; a leaf that is not gives zeros.
+    let leaf = std::arch::x86_64::__cpuid_count(13, 0);
+    u64::from(leaf.edx) << 32 | u64::from(leaf.eax)
+}

@@ -201,6 +201,7 @@ macro_rules! file_kinds {
 
 file_kinds! {
     Device: super::devices::Devices,
+    Memfd: super::memfds::Memfds,
     File: super::files::Files,
     Memfd: super::memfds::Memfds,
     Pipe: super::pipes::Pipes,

@@ -39,6 +39,7 @@ wire_enum! {
     /// One line a kind of file.
     pub enum FileKindV1 for ckpt_core::resource::descriptors::FileKind {
         Device(devices::DeviceV1),
+        Memfd(memfds::MemfdV1),
         File(files::FileV1),
         Memfd(memfds::MemfdV1),
         Pipe(pipes::PipeV1),
