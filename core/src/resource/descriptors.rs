@@ -203,7 +203,6 @@ file_kinds! {
     Device: super::devices::Devices,
     Memfd: super::memfds::Memfds,
     File: super::files::Files,
-    Memfd: super::memfds::Memfds,
     Pipe: super::pipes::Pipes,
     Fifo: super::fifos::Fifos,
     Terminal: super::terminals::Terminals,

@@ -41,7 +41,6 @@ wire_enum! {
         Device(devices::DeviceV1),
         Memfd(memfds::MemfdV1),
         File(files::FileV1),
-        Memfd(memfds::MemfdV1),
         Pipe(pipes::PipeV1),
         Fifo(fifos::FifoV1),
         Terminal(terminals::TerminalV1),
