@@ -19,7 +19,9 @@ pub struct Cell {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Todo {
     Try,
-    /// With the reason.
+    /// A backend says that it can never do this; with the words for it.
+    Cannot(String),
+    /// Not possible on this host, and not required; with the reason.
     Skip(String),
     /// Not possible here, and required by `CKPT_REQUIRE`.
     Fail(String),
@@ -98,10 +100,10 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
     let mut sides = vec![(dumper, (dumper.probe)().dump)];
     sides.extend(restorer.map(|restorer| (restorer, (restorer.probe)().restore)));
     for (backend, availability) in sides {
-        // A limit that the backend declares is no fault of this host's, so that it cannot be required away.
+        // A limit that the backend declares is no fault of this host's.
         let capability = (backend.capability)();
         if let Some(missing) = case.resources.iter().find(|resource| !capability.resources.contains(resource)) {
-            return Todo::Skip(format!("{} does not save {missing}", backend.name));
+            return Todo::Cannot(format!("{} does not save {missing}", backend.name));
         }
         if let Some(why) = reason(&availability) {
             return skip(host.required.has(backend.name), format!("{} is not available: {why}", backend.name));
@@ -129,4 +131,111 @@ pub fn missing(case: &Case) -> Option<String> {
     let Root::Program(program) = &case.root else { return None };
     let (file, package) = program.needs.iter().find(|(file, _)| !Path::new(file).exists())?;
     Some(format!("there is no {file}; install the Debian package {package}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use ckpt_core::backend::{Capability, Dumper, Probe, Restorer};
+
+    use super::*;
+
+    fn can(resources: &[&'static str]) -> Capability {
+        Capability { attach: true, launch: false, restore: true, resources: resources.to_vec(), privileges: vec![] }
+    }
+
+    fn probe(dump: Availability, restore: Availability) -> Probe {
+        Probe { dump, restore, features: vec![] }
+    }
+
+    fn dumps() -> Box<dyn Dumper> {
+        unreachable!("only generated")
+    }
+
+    fn restores() -> Box<dyn Restorer> {
+        unreachable!("only generated")
+    }
+
+    static GOOD: Backend = Backend {
+        name: "good",
+        summary: "",
+        capability: || can(&["tasks", "pipes"]),
+        probe: || probe(Availability::Available, Availability::Available),
+        dumper: Some(dumps),
+        restorer: Some(restores),
+    };
+    static RESTORE_ONLY: Backend = Backend {
+        name: "lazy",
+        summary: "",
+        capability: || can(&["tasks"]),
+        probe: || probe(Availability::Unavailable("never".into()), Availability::Unavailable("no userfaultfd".into())),
+        dumper: None,
+        restorer: Some(restores),
+    };
+    static UNBUILT: Backend = Backend {
+        name: "later",
+        summary: "",
+        capability: || can(&[]),
+        probe: || probe(Availability::Unavailable("not built yet".into()), Availability::Available),
+        dumper: None,
+        restorer: None,
+    };
+
+    fn case(name: &'static str, resources: &'static [&'static str]) -> Case {
+        Case::new(name, resources, |_| Ok(()))
+    }
+
+    fn check(cases: &[Case], required: &str, namespaces: Result<(), String>, expected: &[(&str, &str, Todo)]) {
+        let host = Host { namespaces, required: Required::parse(required) };
+        let (cells, idle) = generate(cases, &[&GOOD, &UNBUILT, &RESTORE_ONLY], &host);
+        let found: Vec<_> = cells.iter().map(|cell| (cell.case.name, cell.way.name(), cell.todo.clone())).collect();
+        let expected: Vec<_> =
+            expected.iter().map(|(case, way, todo)| (*case, way.to_string(), todo.clone())).collect();
+        assert_eq!(found, expected);
+        assert_eq!(idle, ["later: nothing to try: not built yet"]);
+    }
+
+    #[test]
+    fn every_dumper_with_every_restorer() {
+        let unavailable = "lazy is not available: no userfaultfd";
+        let no_pipes = "lazy does not save pipes";
+        check(
+            &[case("a/1", &["tasks"]), case("a/2", &["pipes"]), case("a/3", &["locks"]).refused_at_dump("no")],
+            "",
+            Ok(()),
+            &[
+                ("a/1", "good+running", Todo::Try),
+                ("a/1", "good+good", Todo::Try),
+                ("a/1", "good+lazy", Todo::Skip(unavailable.into())),
+                ("a/2", "good+running", Todo::Try),
+                ("a/2", "good+good", Todo::Try),
+                ("a/2", "good+lazy", Todo::Cannot(no_pipes.into())),
+                ("a/3", "good+running", Todo::Cannot("good does not save locks".into())),
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_required_fails_where_it_is_not_available() {
+        let lazy = Todo::Fail("required, but lazy is not available: no userfaultfd".into());
+        check(
+            &[case("a/1", &["tasks"])],
+            "good,lazy",
+            Ok(()),
+            &[("a/1", "good+running", Todo::Try), ("a/1", "good+good", Todo::Try), ("a/1", "good+lazy", lazy)],
+        );
+    }
+
+    #[test]
+    fn without_namespaces_nothing_is_tried() {
+        let none = || Err("EPERM".to_string());
+        let expect = |todo: Todo| ["good+running", "good+good", "good+lazy"].map(|way| ("a/1", way, todo.clone()));
+        check(&[case("a/1", &["tasks"])], "", none(), &expect(Todo::Skip("EPERM".into())));
+        check(&[case("a/1", &["tasks"])], "namespaces", none(), &expect(Todo::Fail("required, but EPERM".into())));
+    }
+
+    #[test]
+    fn a_required_name_that_means_nothing_is_found() {
+        let required = Required::parse("good, programs,godo");
+        assert_eq!(required.unknown(&[&GOOD]), ["godo"]);
+    }
 }
