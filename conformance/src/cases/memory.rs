@@ -30,7 +30,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/file-shorter-than-mapping", files, file_shorter_than_mapping),
         Case::new("memory/shared-anonymous", memory, shared_anonymous),
         Case::new("memory/copy-on-write", memory, copy_on_write),
-        Case::new("memory/memfd", files, memfd),
+        Case::new("memory/memfd", &["memory", "memfds"], memfd),
         Case::new("memory/stack-grows", memory, stack_grows),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
