@@ -2,17 +2,21 @@
 
 use crate::case::Case;
 
+mod attributes;
 mod calls;
+mod credentials;
 mod descriptors;
 mod devices;
 mod fifos;
 mod files;
 mod filesystem;
+mod limits;
 mod locks;
 mod memory;
 mod pipes;
 mod programs;
 mod registers;
+mod scheduling;
 mod signals;
 mod tasks;
 mod terminals;
@@ -21,17 +25,21 @@ mod timers;
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
-        calls::cases, //
+        attributes::cases,
+        calls::cases,
+        credentials::cases,
         descriptors::cases,
         devices::cases,
         fifos::cases,
         files::cases,
         filesystem::cases,
+        limits::cases,
         locks::cases,
         memory::cases,
         pipes::cases,
         programs::cases,
         registers::cases,
+        scheduling::cases,
         signals::cases,
         tasks::cases,
         terminals::cases,
