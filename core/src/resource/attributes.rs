@@ -209,17 +209,10 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
             "start the program without tagged addresses",
         ));
     }
-    // ckpt itself has no list of adjustments, and what has none is equal in this. Threads make an empty list
-    // (CLONE_SYSVSEM), which matters only where there are semaphores.
-    let ours = Pid(std::process::id() as i32);
-    let compared = context.target.compare(Kcmp::Sysvsem, 0, ours, 0);
-    // Without the right to look at ourselves through the target (or without CONFIG_KCMP) nothing is known: then a
-    // process that has used no System V semaphores must not be hindered.
-    let semaphores = std::fs::read_to_string("/proc/sysvipc/sem").is_ok_and(|table| table.lines().count() > 1);
-    if semaphores && compared.is_ok_and(|order| order.is_ne()) {
+    if has_semaphore_adjustments(context)? {
         refusals.push((
             "System V semaphores".into(),
-            "there are adjustments to be undone when the process ends (SEM_UNDO)".into(),
+            "there may be adjustments to be undone when the process ends (SEM_UNDO)".into(),
             "have the program release its semaphores before the dump",
         ));
     }
@@ -228,6 +221,37 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
     }
     Ok(())
 }
+
+/// Whether the end of the process would undo what it did to System V semaphores (semop(2)).
+///
+/// The kernel does not show the list of it, only by `kcmp` whether there is one; and since a process gets one with its
+/// first thread, it only counts if the process was the last to operate on some semaphore.
+fn has_semaphore_adjustments(context: &mut Collect<'_>) -> Result<bool, DumpError> {
+    // ckpt itself has none, and what has none is equal in this. Without the right to compare us nothing is known.
+    let ours = Pid(std::process::id() as i32);
+    if context.target.compare(Kcmp::Sysvsem, 0, ours, 0).is_ok_and(|order| order.is_eq()) {
+        return Ok(false);
+    }
+    // A kernel without semaphores has no such file.
+    let sets = std::fs::read_to_string("/proc/sysvipc/sem").unwrap_or_default();
+    let number = |line: &str, column: usize| line.split_ascii_whitespace().nth(column)?.parse::<i32>().ok();
+    for line in sets.lines().skip(1) {
+        let (Some(set), Some(semaphores)) = (number(line, 1), number(line, 3)) else { continue };
+        for chunk in (0..semaphores).collect::<Vec<_>>().chunks(256) {
+            let mut batch = Batch::new();
+            let asked: Vec<_> =
+                chunk.iter().map(|&index| batch.try_call(Sysno::semctl, args![set, index, GETPID])).collect();
+            let replies = context.run(&batch)?;
+            if asked.iter().any(|&call| replies.result(call) == Ok(context.pid().0 as u64)) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Of `semctl`: who operated last.
+const GETPID: i32 = 11;
 
 /// The settings of a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
