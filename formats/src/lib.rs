@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod cbor;
 mod check;
 mod checksum;
 pub mod decode;

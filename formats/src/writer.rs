@@ -13,12 +13,11 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::ftruncate;
 
-use crate::decode::{self, MAX_PAGES};
+use crate::decode::{self, DecodeError, MAX_PAGES};
 use crate::header::Header;
 use crate::partial::{MANIFEST, PAGES, Partial, blob_name};
 use crate::sparse::{self, Failure};
 use crate::v1::{BlobV1, ImageV1, ManifestV1, VERSION};
-use crate::validate::validate;
 use crate::wire::Wire;
 
 const PAGE: u64 = ckpt_core::PAGE_SIZE;
@@ -248,13 +247,12 @@ impl Writer {
         if bytes.len() as u64 > most {
             return Err(self.faulty(format!("its manifest would have {} bytes, {most} is the most", bytes.len())));
         }
-        decode::scan(&bytes, decode::max_items(self.reserved)).map_err(|error| self.faulty(format!("{error:?}")))?;
-        let bounds = wire.bounds();
-        let same = wire.image.into_live(&bounds).and_then(|live| validate(&live).map(|()| live == *image));
-        match same {
-            Ok(true) => Ok(bytes),
-            Ok(false) => Err(self.faulty("it would not be read as it was".into())),
-            Err(invalid) => Err(self.faulty(invalid.to_string())),
+        drop(wire);
+        match decode::manifest(&bytes, self.reserved) {
+            Ok(manifest) if manifest.image == *image => Ok(bytes),
+            Ok(_) => Err(self.faulty("it would not be read as it was".into())),
+            Err(DecodeError::Damaged(why)) => Err(self.faulty(why)),
+            Err(error) => Err(self.faulty(format!("{error:?}"))),
         }
     }
 }

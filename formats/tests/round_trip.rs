@@ -8,9 +8,9 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use ckpt_core::store::{BlobId, PageExtent};
 use ckpt_core::{Image, PAGE_SIZE};
-use ckpt_formats::decode;
 use ckpt_formats::v1::{BlobV1, ImageV1, ManifestV1};
 use ckpt_formats::wire::Wire;
+use ckpt_formats::{cbor, decode};
 use proptest::prelude::*;
 
 fn entropy() -> impl Strategy<Value = Vec<u8>> {
@@ -33,6 +33,14 @@ proptest! {
         let image = common::image(&bytes);
         let manifest = decode::manifest(&encode(&image), common::BOUNDS.pages);
         prop_assert_eq!(manifest.map(|manifest| manifest.image), Ok(image));
+    }
+
+    /// Both decoders agree.
+    #[test]
+    fn it_is_cbor(bytes in entropy()) {
+        let encoded = encode(&common::image(&bytes));
+        let by_library: ManifestV1 = ciborium::de::from_reader(&encoded[..]).unwrap();
+        prop_assert_eq!(cbor::decode(&encoded, u64::MAX), Ok(by_library));
     }
 
     #[test]

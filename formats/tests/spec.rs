@@ -122,15 +122,7 @@ impl Schema {
             rules.extend(rules_of(&kind, &source));
         }
         let mut live = BTreeMap::new();
-        for folder in ["../core/src", "../core/src/resource"] {
-            for entry in fs::read_dir(here(folder)).unwrap() {
-                let path = entry.unwrap().path();
-                if path.extension().is_some_and(|extension| extension == "rs") {
-                    let module = path.file_stem().unwrap().to_str().unwrap().to_string();
-                    read_live(&module, &fs::read_to_string(&path).unwrap(), &mut live);
-                }
-            }
-        }
+        read_folder(&here("../core/src"), &mut live);
         Schema { rules, live }
     }
 
@@ -418,6 +410,22 @@ fn variant_of(text: &str) -> Variant {
     let inner = body.strip_prefix('(').and_then(|body| body.strip_suffix(')')).map(|inner| inner.trim().to_string());
     let body = body.strip_prefix('{').and_then(|body| body.strip_suffix('}')).unwrap_or("");
     Variant { name, inner, members: split(body, ',').iter().map(|member| member_of(member)).collect() }
+}
+
+/// Reads a folder of core. What a folder's files declare is found under the folder's name too, as it is re-exported.
+fn read_folder(folder: &Path, live: &mut BTreeMap<(String, String), Live>) {
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            read_folder(&path, live);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let source = fs::read_to_string(&path).unwrap();
+            for module in [path.file_stem().unwrap().to_str().unwrap(), name] {
+                read_live(module, &source, live);
+            }
+        }
+    }
 }
 
 /// The types of a module of core, and their fields.
