@@ -192,6 +192,13 @@ impl Init<'_> {
         command.current_dir(&self.dir).stdout(output.try_clone().map_err(fail)?).stderr(output);
         command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("LANG", "C.UTF-8").env("HOME", &self.dir).env("TMPDIR", &self.dir);
+        // SAFETY: async-signal-safe. Whoever started the suite may have left descriptors open, which are no part of this.
+        unsafe {
+            command.pre_exec(|| {
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int);
+                Ok(())
+            })
+        };
         if self.case.shell_job {
             let terminal = self.open_terminal().map_err(|error| format!("opening a terminal: {error}"))?;
             let number = terminal.as_raw_fd();
