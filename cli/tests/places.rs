@@ -3,45 +3,44 @@
 mod common;
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use common::*;
+use nix::mount::MsFlags;
 
-/// Dumps onto a file system of the test's own, mounted where only this command sees it. Returns what is left there.
-fn dump_onto(mount: &str, workshop: &Workshop, subject: &Subject) -> (Outcome, String) {
+/// A file system of this thread's and its children's own: nobody else sees it, and it is gone with the thread.
+fn mount(workshop: &Workshop, data: &str, flags: MsFlags) -> PathBuf {
     let place = workshop.path().join("mounted");
     fs::create_dir(&place).unwrap();
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "/bin/sh", "-c"]);
-    command.arg(format!(
-        "mount -t tmpfs {mount} tmpfs \"$1\" || exit 99; \
-         \"$0\" dump -t {} -D \"$1/image\" --leave-running; code=$?; ls -A \"$1\"; exit $code",
-        subject.pid
-    ));
-    command.arg(CKPT).arg(&place).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
-    let outcome = run(&mut command);
-    let left = outcome.out.clone();
-    (outcome, left)
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let nothing = None::<&str>;
+    nix::mount::mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).unwrap();
+    nix::mount::mount(Some("tmpfs"), &place, Some("tmpfs"), flags, Some(data)).unwrap();
+    place
 }
 
 #[test]
 fn a_full_disk() {
     let workshop = Workshop::new();
+    let place = mount(&workshop, "size=256k", MsFlags::empty());
     let subject = Subject::start(&workshop);
-    let (outcome, left) = dump_onto("-o size=256k", &workshop, &subject);
-    outcome.assert_error(FAILED, &["no space left"]);
-    assert_eq!(left, "", "left behind");
+    run(&mut dump(subject.pid, &place.join("image"), &["--leave-running"])).assert_error(FAILED, &["no space left"]);
+    assert_eq!(names(&place), Vec::<String>::new(), "left behind");
     subject.assert_unharmed();
     subject.finish();
+    nix::mount::umount(&place).unwrap();
 }
 
 #[test]
 fn a_read_only_disk() {
     let workshop = Workshop::new();
+    let place = mount(&workshop, "", MsFlags::MS_RDONLY);
     let subject = Subject::start(&workshop);
-    let (outcome, _) = dump_onto("-o ro", &workshop, &subject);
-    outcome.assert_error(FAILED, &["read-only"]);
+    run(&mut dump(subject.pid, &place.join("image"), &["--leave-running"])).assert_error(FAILED, &["read-only"]);
     subject.assert_unharmed();
+    subject.finish();
+    nix::mount::umount(&place).unwrap();
 }
 
 #[test]

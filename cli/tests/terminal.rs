@@ -33,12 +33,12 @@ impl Screen {
         command.current_dir(directory).env("CKPT", CKPT);
         command.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap());
         command.stderr(Stdio::from(terminal));
-        // SAFETY: two plain system calls.
+        // SAFETY: three plain system calls.
         unsafe {
             command.pre_exec(|| {
                 nix::unistd::setsid()?;
                 set_controlling_terminal(0, 0)?;
-                Ok(())
+                keep_nothing()
             });
         }
         let shell = command.spawn().unwrap();

@@ -287,14 +287,23 @@ impl Drop for Companion {
 }
 
 fn in_own_session(mut command: Command) -> Command {
-    // SAFETY: setsid is a plain system call.
+    // SAFETY: setsid and close_range are plain system calls.
     unsafe {
         command.pre_exec(|| {
             nix::unistd::setsid()?;
-            Ok(())
+            keep_nothing()
         })
     };
     command
+}
+
+/// For a child before its exec: closes what it has inherited of whoever started the tests, but the standard streams.
+pub fn keep_nothing() -> std::io::Result<()> {
+    // SAFETY: no pointers.
+    match unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }
 
 /// What is restored into the background becomes ours, so that a test can wait for it.
