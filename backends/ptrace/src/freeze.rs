@@ -131,8 +131,25 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError
         let frozen = FrozenProcess { task: task(pid, &stat), stopped: false };
         tree.processes.push(StoppedProcess { frozen, process, tracees: Vec::new() });
         let stopped = tree.processes.last_mut().expect("just pushed");
-        stop_threads(stopped, deadline, options.timeout)?;
-        let stat = stopped.process.proc.stat_line().map_err(|error| gone(pid, error))?;
+        let outcome = stop_threads(stopped, deadline, options.timeout);
+        let stat = stopped.process.proc.stat_line();
+        let ended = match &stat {
+            Ok(stat) => stat.state == 'Z' && stat.num_threads <= 1,
+            Err(error) => matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)),
+        };
+        if ended {
+            // It did so before its stop.
+            tree.processes.pop();
+            match stat {
+                _ if pid == root => return Err(DumpError::Changed { pid, what: "ended".to_string() }),
+                Ok(stat) => tree.zombies.push(Zombie { task: task(pid, &stat), status: stat.exit_code }),
+                // Nobody wants to know its status.
+                Err(_) => {}
+            }
+            continue;
+        }
+        outcome?;
+        let stat = stat.map_err(|error| gone(pid, error))?;
         stopped.frozen.task = task(pid, &stat);
         let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
         children.reverse();
@@ -233,12 +250,24 @@ fn detach_all(tids: &[Pid]) {
     }
 }
 
+/// How long a thread may take to get a signal that is pending for it. Usually it is there at once.
+const DELIVERY: Duration = Duration::from_millis(2);
+
 /// Waits until a seized thread is in its stop with no signal about to be delivered, and takes it over.
 fn settle(stopped: &mut StoppedProcess, tid: Pid, deadline: Instant, timeout: Duration) -> Result<(), DumpError> {
     let pid = stopped.frozen.task.pid;
+    let mut delivering = false;
     loop {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        match wait(tid, left) {
+        let stop = wait(tid, if delivering { left.min(DELIVERY) } else { left });
+        if std::mem::take(&mut delivering) && matches!(stop, Ok(Stop::Signal(_)) | Err(TraceError::TimedOut(_))) {
+            // The signal is here, or another thread has got it: from now on the thread shall stop.
+            sys::interrupt(tid).map_err(|source| changed(pid, source))?;
+            if stop.is_err() {
+                continue;
+            }
+        }
+        match stop {
             Ok(Stop::Interrupted) => {}
             Ok(Stop::Group(_)) => stopped.frozen.stopped = true,
             Ok(Stop::Signal(signal)) => {
@@ -268,7 +297,9 @@ fn settle(stopped: &mut StoppedProcess, tid: Pid, deadline: Instant, timeout: Du
             thread_pending.iter().chain(&shared_pending).any(|info| blocked >> (signal(info) - 1) & 1 == 0)
         };
         if deliverable && !stopped.frozen.stopped {
-            sys::interrupt(tid).and_then(|()| sys::resume(tid, 0)).map_err(|source| changed(pid, source))?;
+            // Not interrupted before it is delivered: the kernel looks for that first, and would stop again and again.
+            sys::resume(tid, 0).map_err(|source| changed(pid, source))?;
+            delivering = true;
             continue;
         }
         let tracee = Tracee::new(tid, &stopped.process).map_err(|error| dump_error(pid, error))?;
