@@ -186,13 +186,37 @@ fn huge_pages_but_advised(checkpoint: &Checkpoint) -> Result<(), String> {
     equal("PR_GET_THP_DISABLE", before, prctl(libc::PR_GET_THP_DISABLE, [0; 4])?)
 }
 
+/// A pipe by which grandchildren tell that they are ready.
+struct Told([i32; 2]);
+
+impl Told {
+    fn new() -> Result<Told, String> {
+        let mut ends = [0; 2];
+        // SAFETY: room for two descriptors.
+        done("pipe", unsafe { libc::pipe(ends.as_mut_ptr()) })?;
+        Ok(Told(ends))
+    }
+
+    fn tell(&self) {
+        // SAFETY: one byte to a pipe of our own.
+        unsafe { libc::write(self.0[1], b"r".as_ptr().cast(), 1) };
+    }
+
+    fn wait(&self) -> Result<(), String> {
+        // SAFETY: room for one byte, from a pipe of our own.
+        done("read", unsafe { libc::read(self.0[0], [0u8].as_mut_ptr().cast(), 1) }).map(drop)
+    }
+}
+
 /// A grandchild becomes ours when its parent ends after the restore.
 fn subreaper(checkpoint: &Checkpoint) -> Result<(), String> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, [1, 0, 0, 0])?;
     let subject = std::process::id();
+    let told = Told::new()?;
     let child = in_child(|| {
         let parent = std::process::id();
         in_child(|| {
+            told.tell();
             checkpoint.wait_for_go()?;
             // SAFETY: has no arguments.
             eventually("the subject is the parent", || unsafe { libc::getppid() } as u32 != parent)?;
@@ -201,6 +225,7 @@ fn subreaper(checkpoint: &Checkpoint) -> Result<(), String> {
         })?;
         checkpoint.wait_for_go()
     })?;
+    told.wait()?;
     checkpoint.wait()?;
     child.passed()?;
     let mut status = 0;
@@ -377,24 +402,19 @@ extern "C" fn note(signal: i32) {
 
 fn death_of_the_parent(checkpoint: &Checkpoint) -> Result<(), String> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, [1, 0, 0, 0])?;
-    let mut ends = [0; 2];
-    // SAFETY: room for two descriptors.
-    done("pipe", unsafe { libc::pipe(ends.as_mut_ptr()) })?;
-    let [set_up, told] = ends;
+    let told = Told::new()?;
     let child = in_child(|| {
         in_child(|| {
             // SAFETY: the handler only stores to an atomic.
             unsafe { libc::signal(libc::SIGUSR1, note as *const () as usize) };
             prctl(libc::PR_SET_PDEATHSIG, [libc::SIGUSR1 as u64, 0, 0, 0])?;
-            // SAFETY: one byte to a pipe of our own.
-            unsafe { libc::write(told, b"r".as_ptr().cast(), 1) };
+            told.tell();
             checkpoint.wait_for_go()?;
             eventually("the parent's death is told", || DIED.load(Ordering::SeqCst) == libc::SIGUSR1)
         })?;
         checkpoint.wait_for_go()
     })?;
-    // SAFETY: room for one byte, from a pipe of our own.
-    done("read", unsafe { libc::read(set_up, [0u8].as_mut_ptr().cast(), 1) })?;
+    told.wait()?;
     checkpoint.wait()?;
     child.passed()?;
     let mut status = 0;

@@ -11,15 +11,15 @@ use crate::expect::{done, equal, eventually, that};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("timers/interval", &["timers"], interval),
+        Case::new("timers/interval", &["timers"], interval).unsteady(),
         Case::new("timers/interval-time-left", &["timers"], interval_time_left),
         Case::new("timers/interval-with-its-signal-pending", &["timers", "signals"], interval_pending),
         Case::new("timers/interval-of-cpu-time", &["timers"], interval_of_cpu_time),
         Case::new("timers/ids", &["timers"], ids),
         Case::new("timers/many", &["timers"], many),
         Case::new("timers/time-left", &["timers"], time_left),
-        Case::new("timers/notifications", &["timers"], notifications),
-        Case::new("timers/of-a-thread", &["timers", "thread-signals"], of_a_thread),
+        Case::new("timers/notifications", &["timers"], notifications).unsteady(),
+        Case::new("timers/of-a-thread", &["timers", "thread-signals"], of_a_thread).unsteady(),
         Case::new("timers/pending-once", &["timers", "signals"], pending_once),
         Case::new("timers/pending-and-overrunning", &["timers", "signals"], pending_and_overrunning),
         Case::new("timers/overruns-to-be-asked-for", &["timers", "signals"], overruns_to_be_asked_for),

@@ -61,6 +61,11 @@ pub fn timer_of(info: &SigInfo) -> Option<i32> {
     (code_of(info) == libc::SI_TIMER).then(|| word(info, 16))
 }
 
+/// The overruns that such a signal was delivered with.
+pub fn overruns_of(info: &SigInfo) -> u32 {
+    word(info, 20) as u32
+}
+
 fn word(info: &SigInfo, at: usize) -> i32 {
     i32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"))
 }

@@ -181,8 +181,10 @@ fn ask_one(
     let asked_slack = timer_slack.is_none().then(|| batch.call(Sysno::prctl, args![PR_GET_TIMERSLACK]));
     // Where the processor cannot be told to fault, it never does.
     let cpuid = cpuid_can_fault().then(|| batch.try_call(Sysno::arch_prctl, args![ARCH_GET_CPUID, 0]));
-    // With one node there is one place for all memory, whatever the policy; the main thread is asked nevertheless.
-    let policy = (first.is_none() || ourselves().several_nodes).then(|| {
+    // With one node there is one place for all memory, whatever the policy: there the main thread speaks for those that
+    // have inherited its lack of one.
+    let default = first.is_some_and(|first| first.memory_policy == MemoryPolicy::default());
+    let policy = (!default || ourselves().several_nodes).then(|| {
         let mode = batch.room(8);
         let nodes = batch.room(MOST_NODES / 8);
         (batch.try_call(Sysno::get_mempolicy, args![mode, nodes, MOST_NODES, 0, 0]), mode, nodes)

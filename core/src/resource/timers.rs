@@ -9,7 +9,8 @@
 //! timer_getoverrun(2) describes. For the same reason a timer that was not asked yet how often it overran is made to
 //! fire and overrun in the skeleton, and its signal is taken.
 //!
-//! Not kept: overruns of timers on CPU-time clocks, and CPU time itself: it begins anew. Refused: a timer on the CPU time
+//! Not kept: overruns of timers on CPU-time clocks and of pending signals of a single thread, and CPU time itself: it
+//! begins anew. Refused: a timer on the CPU time
 //! of "the calling thread" in a process of several threads, for the kernel does not tell whose.
 
 use crate::args;
@@ -54,7 +55,8 @@ pub struct PosixTimer {
     pub remaining: u64,
     /// 0 if it fires once.
     pub period: u64,
-    /// What `timer_getoverrun` gives: of the signal that was delivered last.
+    /// How often it has overrun: while its signal is pending, since that was made; else before the last one was
+    /// delivered, as `timer_getoverrun` gives it.
     pub overruns: u32,
     /// Its signal is pending.
     pub pending: bool,
@@ -75,6 +77,8 @@ const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
 /// The highest id that is reached by creating and deleting timers, on older kernels: half a second's work.
 const HIGHEST_COUNTED_ID: i32 = 1_000_000;
 const SIGSET_SIZE: usize = 8;
+/// In nanoseconds.
+const SECOND: u64 = 1_000_000_000;
 
 /// Interval timers and POSIX timers.
 pub struct ProcessTimers;
@@ -117,6 +121,13 @@ impl Resource for ProcessTimers {
         }
         if !posix.is_empty() {
             find_pending(&mut posix, context)?;
+        }
+        for timer in posix.iter_mut().filter(|timer| timer.pending) {
+            // What the last signal had overrun is overwritten with that of the pending one when that is delivered.
+            let told = std::mem::take(&mut timer.overruns);
+            if told == 0 {
+                ask_pending_overruns(timer, context)?;
+            }
         }
         for timer in &posix {
             refuse_clock(timer, context);
@@ -229,8 +240,8 @@ fn ask_times(timers: &mut [PosixTimer], context: &mut Collect<'_>) -> Result<(),
     let replies = context.run(&batch)?;
     for (timer, (times, overruns)) in timers.iter_mut().zip(asked) {
         let words = replies.words(times);
-        timer.period = words[0] * 1_000_000_000 + words[1];
-        timer.remaining = words[2] * 1_000_000_000 + words[3];
+        timer.period = words[0] * SECOND + words[1];
+        timer.remaining = words[2] * SECOND + words[3];
         timer.overruns = replies.value(overruns) as u32;
     }
     Ok(())
@@ -258,6 +269,67 @@ fn find_pending(timers: &mut [PosixTimer], context: &mut Collect<'_>) -> Result<
         }
     }
     Ok(())
+}
+
+/// Finds out how often a timer has overrun while its signal is pending. The kernel counts, and tells only who takes the
+/// signal.
+///
+/// So the signal is taken, and put back as a copy that says the same, in one batch, which the target finishes even if we
+/// are killed meanwhile: then one more signal of the timer may follow, and together they count the same expirations.
+/// Then the copy is taken and the timer set so that it fired, and overran, when it did; the target is as it was.
+/// (`timer_getoverrun` gives 0 before and after; where it did not, the count of the pending signal begins anew with the
+/// restore.) Where it could go wrong, nothing is done either.
+fn ask_pending_overruns(timer: &mut PosixTimer, context: &mut Collect<'_>) -> Result<(), DumpError> {
+    let bit = 1u64 << (timer.signal - 1);
+    let pending = context.target.pending(Queue::Shared).map_err(|source| context.target_error(source))?;
+    let same = pending.iter().filter(|info| signals::signal_of(info) == timer.signal).count();
+    let by_threads = context.answers.iter().any(|thread| thread.status.mask("SigPnd").unwrap_or(bit) & bit != 0);
+    // Room for one more in RLIMIT_SIGPENDING, or the copy would be lost.
+    let room = context.answers[0].status.field("SigQ").and_then(|field| {
+        let (queued, limit) = field.split_once('/')?;
+        Some(queued.parse::<u64>().ok()?.saturating_add(2) <= limit.parse().ok()?)
+    });
+    let alone = timer.thread.is_none() && same == 1 && !by_threads && room == Some(true);
+    if timer.period == 0 || !alone || timer.is_cpu_time() {
+        return Ok(());
+    }
+    let run = |context: &mut Collect<'_>, batch: &Batch| {
+        context.target.run(batch).map_err(|source| context.target_error(source))
+    };
+    let mut batch = Batch::new();
+    let set = batch.words(&[bit]);
+    let no_time = batch.words(&[0, 0]);
+    let info = batch.room(std::mem::size_of::<SigInfo>());
+    let pid = context.pid();
+    batch.call(Sysno::rt_sigtimedwait, args![set, info, no_time, SIGSET_SIZE]);
+    batch.call(Sysno::rt_sigqueueinfo, args![pid.0, timer.signal, info]);
+    let times = batch.room(32);
+    batch.call(Sysno::timer_gettime, args![timer.id, times]);
+    let now = batch.room(16);
+    batch.call(Sysno::clock_gettime, args![timer.clock, now]);
+    let replies = run(context, &batch)?;
+    let taken: SigInfo = replies.bytes(info).try_into().expect("the size of the slot");
+    let overruns = signals::overruns_of(&taken);
+    let (times, now) = (replies.words(times), replies.words(now));
+    timer.remaining = times[2] * SECOND + times[3];
+    timer.overruns = overruns;
+
+    let first = first_firing(timer, now[0] * SECOND + now[1]);
+    let mut batch = Batch::new();
+    let set = batch.words(&[bit]);
+    let no_time = batch.words(&[0, 0]);
+    let times = batch.words(&self::times(timer.period, first));
+    batch.call(Sysno::rt_sigtimedwait, args![set, 0, no_time, SIGSET_SIZE]);
+    batch.call(Sysno::timer_settime, args![timer.id, TIMER_ABSTIME, times, 0]);
+    run(context, &batch).map(drop)
+}
+
+/// When a periodic timer must have fired first, on its own clock, to have overrun so often and have so much time left.
+/// A clock that is younger than that (some begin with the system) can only show fewer overruns.
+fn first_firing(timer: &PosixTimer, now: u64) -> u64 {
+    let past = u128::from(timer.period) * (u128::from(timer.overruns) + 1);
+    let first = (u128::from(now) + u128::from(timer.remaining)).saturating_sub(past);
+    first.clamp(1, u128::from(now.max(1))) as u64
 }
 
 /// A clock that a restored timer could not have.
@@ -359,12 +431,7 @@ pub(super) fn maker_of<'a>(info: &SigInfo, timers: &'a Timers) -> Option<&'a Pos
     (timer.pending && timer.signal == signals::signal_of(info) && runs_by_itself(timer)).then_some(timer)
 }
 
-/// Makes a timer fire, so that its signal is pending, and run on with what was left.
-pub(super) fn expire(timer: &PosixTimer, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
-    fire(timer, 0, context)
-}
-
-/// Makes a timer fire and overrun, and takes its signal: `timer_getoverrun` then tells what it told.
+/// Makes a timer fire and overrun as often as it had, and takes its signal: `timer_getoverrun` then tells what it told.
 fn overrun(timer: &PosixTimer, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
     let thread = context.thread;
     if let Some(tid) = timer.thread {
@@ -373,7 +440,7 @@ fn overrun(timer: &PosixTimer, context: &mut Rebuild<'_>) -> Result<(), RestoreE
             None => return Ok(()),
         }
     }
-    fire(timer, timer.overruns, context)?;
+    expire(timer, context)?;
     let mut batch = Batch::new();
     let set = batch.words(&[1 << (timer.signal - 1)]);
     let now = batch.words(&[0, 0]);
@@ -383,8 +450,8 @@ fn overrun(timer: &PosixTimer, context: &mut Rebuild<'_>) -> Result<(), RestoreE
     Ok(())
 }
 
-/// Sets a timer so that it fires at once, has then overrun `overruns` times, and goes on with what was left.
-fn fire(timer: &PosixTimer, overruns: u32, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
+/// Makes a timer fire, so that its signal is pending and has overrun as often as it had, and go on with what was left.
+pub(super) fn expire(timer: &PosixTimer, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
     let mut batch = Batch::new();
     let now = batch.words(&[0, 0]);
     batch.call(Sysno::clock_gettime, args![timer.clock, now]);
@@ -392,14 +459,10 @@ fn fire(timer: &PosixTimer, overruns: u32, context: &mut Rebuild<'_>) -> Result<
     batch.call(Sysno::rt_sigpending, args![before, SIGSET_SIZE]);
     let replies = context.run(&batch)?;
     let words = replies.words(now);
-    let now = words[0] * 1_000_000_000 + words[1];
+    let now = words[0] * SECOND + words[1];
     let bit = 1u64 << (timer.signal - 1);
     let one_before = replies.u64(before) & bit != 0;
-    // The first firing was a whole number of periods before the next one. A clock that is younger than that (it began
-    // with the system) can only show fewer overruns.
-    let past = u128::from(timer.period) * (u128::from(overruns) + 1);
-    let first = u128::from(now) + u128::from(timer.remaining);
-    let first = if timer.period == 0 { 1 } else { first.saturating_sub(past).clamp(1, u128::from(now)) as u64 };
+    let first = if timer.period == 0 { 1 } else { first_firing(timer, now) };
 
     let mut batch = Batch::new();
     let times = batch.words(&times(timer.period, first));
@@ -428,15 +491,27 @@ const MOST_WAITS: usize = 20_000;
 
 /// `struct itimerspec`.
 fn times(period: u64, value: u64) -> [u64; 4] {
-    const SECOND: u64 = 1_000_000_000;
     [period / SECOND, period % SECOND, value / SECOND, value % SECOND]
 }
 
 /// Lets the timers run that do not yet.
 pub fn start(saved: &Timers, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
     let mut batch = Batch::new();
+    let tick = match saved.intervals[1..].iter().any(|interval| interval.remaining != 0) {
+        true => {
+            let mut batch = Batch::new();
+            let tick = batch.room(16);
+            batch.call(Sysno::clock_getres, args![libc::CLOCK_MONOTONIC_COARSE, tick]);
+            context.section(ProcessTimers::NAME).run(&batch)?.words(tick)[1] / 1000
+        }
+        false => 0,
+    };
     for (which, interval) in saved.intervals.iter().enumerate() {
-        let Interval { remaining, period } = *interval;
+        let Interval { mut remaining, period } = *interval;
+        if remaining != 0 && which as i32 != libc::ITIMER_REAL {
+            // To those of CPU time the kernel adds a tick, so that they are never short.
+            remaining = remaining.saturating_sub(tick).max(1);
+        }
         if remaining != 0 {
             const SECOND: u64 = 1_000_000;
             let value = batch.words(&[period / SECOND, period % SECOND, remaining / SECOND, remaining % SECOND]);
