@@ -155,10 +155,19 @@ impl Facts {
             if link.starts_with("pipe:[") || link.starts_with("socket:[") {
                 link = self.name_nameless(&link);
             }
+            // What O_TMPFILE makes is called by its inode number.
+            if let Some((directory, name)) = link.rsplit_once('/')
+                && name.starts_with('#')
+                && name.ends_with(" (deleted)")
+            {
+                link = format!("{directory}/{}", self.name_nameless(&format!("nameless:{name}")));
+            }
             let info = read(&dir.join(format!("fdinfo/{fd}")));
-            let info: Vec<&str> =
-                info.lines().filter(|line| line.starts_with("pos:") || line.starts_with("flags:")).collect();
-            self.note(pid, &format!("descriptor {fd}"), &format!("{link} {}", info.join(" ")));
+            let field = |name| info.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim();
+            // O_LARGEFILE means nothing here, and only some calls that open files set it.
+            let flags = i32::from_str_radix(field("flags:"), 8).map_or(-1, |flags| flags & !0o100_000);
+            let value = format!("{link} at {}, flags {flags:#o}", field("pos:"));
+            self.note(pid, &format!("descriptor {fd}"), &value);
         }
         self.mappings(pid, &read(&dir.join("maps")));
     }

@@ -681,6 +681,7 @@ impl RebuildFile<'_> {
             for held in &numbers {
                 pending.batch.call(Sysno::dup3, args![lifted, held.fd, cloexec(held)]);
             }
+            add_async(open, &mut pending.batch, numbers[0].fd.into());
             pending.batch.call(Sysno::close, args![lifted]);
             self.placed.places[file.0 as usize].push((process, RemoteFd(numbers[0].fd)));
             return Ok(());
@@ -743,8 +744,14 @@ impl RebuildFile<'_> {
             pending.batch.call(Sysno::dup3, args![fd, held.fd, cloexec(held)]);
         }
         let place = numbers.first().map(|held| RemoteFd(held.fd));
+        self.make_room(process, 2, 0)?;
+        let pending = &mut self.placed.pending[process];
+        if pending.batch.is_empty() {
+            pending.parts.push((0, file, None));
+        }
+        add_async(&self.image.files[file.0 as usize], &mut pending.batch, place.unwrap_or(fd).into());
         if place.is_some() {
-            self.placed.pending[process].batch.call(Sysno::close, args![fd]);
+            pending.batch.call(Sysno::close, args![fd]);
         }
         Ok(place)
     }
@@ -909,7 +916,14 @@ fn add_settings(open: &OpenFile, batch: &mut Batch, fd: Arg) {
             batch.call(Sysno::fcntl, &[fd, F_SETOWN_EX.into(), value.into()]);
         }
     }
-    batch.call(Sysno::fcntl, &[fd, libc::F_SETFL.into(), open.flags.into()]);
+    batch.call(Sysno::fcntl, &[fd, libc::F_SETFL.into(), (open.flags & !libc::O_ASYNC).into()]);
+}
+
+/// Signal-driven I/O keeps the number that it was switched on by, and tells it to the program (`si_fd`). At most 1 call.
+fn add_async(open: &OpenFile, batch: &mut Batch, fd: Arg) {
+    if open.flags & libc::O_ASYNC != 0 && open.flags & libc::O_PATH == 0 {
+        batch.call(Sysno::fcntl, &[fd, libc::F_SETFL.into(), open.flags.into()]);
+    }
 }
 
 /// Rebuilds every file and fills every table.

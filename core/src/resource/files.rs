@@ -18,6 +18,7 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::{FileStat, Mode};
 use nix::sys::statfs::{FsType, statfs};
 use nix::sys::time::TimeSpec;
+use nix::unistd::UnlinkatFlags;
 
 use crate::args;
 use crate::batch::{Replies, Slot, Sysno};
@@ -476,8 +477,9 @@ pub struct DeletedId(pub u32);
 /// A regular file that no name leads to, with all that is kept of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeletedFile {
-    /// The directory it was in: it is made again there, on the same file system.
-    pub directory: PathBuf,
+    /// Where it was: it is made again in the same directory, on the same file system. While nothing else has its name,
+    /// the links in `/proc` say again that the file of this name was deleted.
+    pub path: PathBuf,
     /// Permission bits.
     pub mode: u32,
     pub uid: u32,
@@ -502,7 +504,8 @@ pub struct DeletedFile {
 #[derive(Debug, Default)]
 pub struct DeletedFiles {
     known: HashMap<(u64, u64), DeletedId>,
-    found: Vec<(StdFile, FileStat, PathBuf, bool)>,
+    /// Content, facts, former path.
+    found: Vec<(StdFile, FileStat, PathBuf)>,
 }
 
 impl DeletedFiles {
@@ -521,12 +524,9 @@ impl DeletedFiles {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => proc.open_with(link, OFlag::O_RDONLY)?,
             other => other?,
         };
-        let path = Path::new(without_deleted(name).unwrap_or(name));
-        // How the kernel calls what O_TMPFILE makes.
-        let linkable = path.file_name() == Some(OsStr::new(&format!("#{}", stat.st_ino)));
-        let directory = path.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let path = PathBuf::from(without_deleted(name).unwrap_or(name));
         let id = DeletedId(self.found.len() as u32);
-        self.found.push((file, *stat, directory, linkable));
+        self.found.push((file, *stat, path));
         self.known.insert((stat.st_dev, stat.st_ino), id);
         Ok(id)
     }
@@ -534,9 +534,11 @@ impl DeletedFiles {
     /// Copies the content of all of them into the image.
     pub fn write(&mut self, store: &mut dyn ImageWriter) -> Result<Vec<DeletedFile>, DumpError> {
         let mut saved = Vec::with_capacity(self.found.len());
-        for (file, stat, directory, linkable) in self.found.drain(..) {
+        for (file, stat, path) in self.found.drain(..) {
+            // How the kernel calls what O_TMPFILE makes.
+            let linkable = path.file_name() == Some(OsStr::new(&format!("#{}", stat.st_ino)));
             saved.push(DeletedFile {
-                directory,
+                path,
                 mode: stat.st_mode & 0o7777,
                 uid: stat.st_uid,
                 gid: stat.st_gid,
@@ -556,18 +558,21 @@ pub fn check_deleted(id: DeletedId, context: &mut Check<'_>) {
     let Some(deleted) = context.image.deleted_files.get(id.0 as usize) else {
         return context.refuse("", format!("deleted file {} is not in the image", id.0), USE_ANOTHER_COPY);
     };
-    let directory = deleted.directory.display().to_string();
-    if !deleted.directory.is_absolute() {
-        return context.refuse("", format!("{directory} is not a full path"), USE_ANOTHER_COPY);
-    }
-    if !deleted.directory.is_dir() {
-        context.refuse(directory, "the directory of a deleted file is gone", "make the directory again");
+    let (Some(directory), Some(_), true) =
+        (deleted.path.parent(), deleted.path.file_name(), deleted.path.is_absolute())
+    else {
+        let why = format!("{} is not the full path of a file", deleted.path.display());
+        return context.refuse("", why, USE_ANOTHER_COPY);
+    };
+    let subject = directory.display().to_string();
+    if !directory.is_dir() {
+        context.refuse(subject, "the directory of a deleted file is gone", "make the directory again");
         return;
     }
-    let free = statfs(&deleted.directory).map(|stat| stat.blocks_available().saturating_mul(stat.block_size() as u64));
-    // The saved size may be mostly holes: only what surely cannot fit is refused, by writing it.
+    let free = statfs(directory).map(|stat| stat.blocks_available().saturating_mul(stat.block_size() as u64));
+    // The saved size may be mostly holes: what does not fit is found when it is written.
     if free == Ok(0) && deleted.size > 0 {
-        context.refuse(directory, "the file system of a deleted file is full", "make room on it");
+        context.refuse(subject, "the file system of a deleted file is full", "make room on it");
     }
 }
 
@@ -577,11 +582,18 @@ pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, Restore
     let mut rebuilt = Vec::with_capacity(image.deleted_files.len());
     for deleted in &image.deleted_files {
         let error = |source: Errno| RestoreError::Io {
-            what: format!("a deleted file in {} could not be made again", deleted.directory.display()),
+            what: format!("the deleted file {} could not be made again", deleted.path.display()),
             source: source.into(),
         };
-        let file = nameless_file(&deleted.directory, deleted.linkable).map_err(error)?;
+        let directory = deleted.path.parent().unwrap_or(Path::new("/"));
+        let parent = open_directory(directory).map_err(error)?;
+        let mut file = nameless_file(&parent, directory).map_err(error)?;
         reader.copy_blob(deleted.content, file.as_fd())?;
+        if !deleted.linkable
+            && let Some(name) = deleted.path.file_name()
+        {
+            file = with_former_name(&parent, name, file).map_err(error)?;
+        }
         finish_deleted(deleted, file.as_fd()).map_err(error)?;
         rebuilt.push(file);
     }
@@ -602,29 +614,53 @@ fn finish_deleted(deleted: &DeletedFile, file: BorrowedFd<'_>) -> nix::Result<()
     nix::sys::stat::futimens(file, &time(deleted.accessed), &time(deleted.modified))
 }
 
-/// A new file without a name: `O_TMPFILE` leaves nothing behind however we end. Where the file system has no such
-/// thing, a new file under a name that nobody has, removed at once.
-fn nameless_file(directory: &Path, linkable: bool) -> nix::Result<OwnedFd> {
+fn open_directory(path: &Path) -> nix::Result<OwnedFd> {
+    nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+}
+
+/// A new file without a name that `linkat` may give one: `O_TMPFILE` leaves nothing behind however we end. Where the
+/// file system has no such thing, a new file under a name that nobody has, removed at once.
+fn nameless_file(parent: &OwnedFd, directory: &Path) -> nix::Result<OwnedFd> {
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    // With O_TMPFILE, O_EXCL means that linkat may not give it a name.
-    let exclusive = if linkable { OFlag::empty() } else { OFlag::O_EXCL };
-    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC | exclusive;
-    match nix::fcntl::open(directory, flags, mode) {
-        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL) if !linkable => {}
+    match nix::fcntl::open(directory, OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC, mode) {
+        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL) => {}
         other => return other,
     }
-    let parent = nix::fcntl::open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     for attempt in 0.. {
         let name = format!(".ckpt-{}-{attempt}", std::process::id());
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match nix::fcntl::openat(&parent, name.as_str(), flags, mode) {
+        match nix::fcntl::openat(parent, name.as_str(), flags, mode) {
             Err(Errno::EEXIST) => {}
             Ok(file) => {
-                nix::unistd::unlinkat(&parent, name.as_str(), nix::unistd::UnlinkatFlags::NoRemoveDir)?;
+                nix::unistd::unlinkat(parent, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
                 return Ok(file);
             }
             other => return other,
         }
     }
     unreachable!("one of all names is free")
+}
+
+/// Gives a nameless file its former name for a moment, so that links in `/proc` show it as before. A name that is in use
+/// is left alone: the file stays as it is.
+fn with_former_name(parent: &OwnedFd, name: &OsStr, file: OwnedFd) -> nix::Result<OwnedFd> {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let follow = nix::fcntl::AtFlags::AT_SYMLINK_FOLLOW;
+    if nix::unistd::linkat(nix::fcntl::AT_FDCWD, link.as_str(), parent, name, follow).is_err() {
+        return Ok(file);
+    }
+    let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+    let named = nix::fcntl::openat(parent, name, flags, Mode::empty());
+    let is_ours = |stat: nix::Result<FileStat>| -> nix::Result<bool> {
+        let (ours, found) = (nix::sys::stat::fstat(&file)?, stat?);
+        Ok((ours.st_dev, ours.st_ino) == (found.st_dev, found.st_ino))
+    };
+    // Somebody may have put another file there meanwhile: that one is not removed.
+    if is_ours(nix::sys::stat::fstatat(parent, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)) == Ok(true) {
+        nix::unistd::unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)?;
+    }
+    match named {
+        Ok(named) if is_ours(nix::sys::stat::fstat(&named))? => Ok(named),
+        _ => Ok(file),
+    }
 }

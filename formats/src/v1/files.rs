@@ -19,7 +19,7 @@ wire_enum! {
 
 wire_struct! {
     pub struct DeletedFileV1 for ckpt_core::resource::files::DeletedFile {
-        directory: Bytes,
+        path: Bytes,
         mode: u32,
         uid: u32,
         gid: u32,
