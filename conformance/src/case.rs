@@ -65,6 +65,7 @@ pub struct Case {
     pub refused_at_restore: Option<&'static str>,
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
+    pub loses_names: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
 }
@@ -91,6 +92,7 @@ impl Case {
             refused_at_restore: None,
             after_dump: None,
             unsteady: false,
+            loses_names: false,
         }
     }
 
@@ -129,6 +131,12 @@ impl Case {
     /// Dumped and restored so many times in a row before it judges itself.
     pub fn rounds(mut self, rounds: usize) -> Case {
         self.rounds = rounds;
+        self
+    }
+
+    /// Links in `/proc` to a deleted file may show another name after the restore: its own is in use.
+    pub fn loses_names(mut self) -> Case {
+        self.loses_names = true;
         self
     }
 

@@ -313,6 +313,9 @@ impl Init<'_> {
             }
             (Err(failure), _) => return Err(format!("the restore failed: {failure:?}")),
         }
+        if self.case.shell_job {
+            give_terminal(self.root).map_err(|error| format!("giving the terminal to the subject: {error}"))?;
+        }
         self.compare(before, "after the restore")?;
         self.after_restore(round)?;
         let _ = fs::remove_dir_all(&image);
@@ -339,7 +342,8 @@ impl Init<'_> {
         self.reap();
         let pids = processes();
         let visible = Visible::look(&pids);
-        (pids, if self.case.unsteady { visible.coarse() } else { visible })
+        let visible = if self.case.unsteady { visible.coarse() } else { visible };
+        (pids, if self.case.loses_names { visible.without_deleted_names() } else { visible })
     }
 
     /// Compares the tree with how it looked.
@@ -435,4 +439,18 @@ fn state(pid: i32) -> Option<char> {
 
 fn backend(name: &str) -> &'static ckpt_core::Backend {
     registry::backend(name).unwrap_or_else(|names| panic!("no backend {name} among {names:?}"))
+}
+
+/// Makes the group of a restored job the foreground one, as the command line and a shell do: that the old group had the
+/// same number does not count.
+fn give_terminal(root: i32) -> std::io::Result<()> {
+    let terminal = File::options().read(true).write(true).open("/dev/tty")?;
+    // SAFETY: these calls take integers; a background process may not choose the foreground with SIGTTOU in the way.
+    let result = unsafe {
+        libc::signal(libc::SIGTTOU, libc::SIG_IGN);
+        let result = libc::tcsetpgrp(terminal.as_raw_fd(), libc::getpgid(root));
+        libc::signal(libc::SIGTTOU, libc::SIG_DFL);
+        result
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

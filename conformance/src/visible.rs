@@ -70,14 +70,25 @@ impl Visible {
                 let name = how.splitn(4, ' ').nth(3)?.rsplit_once(" at ")?.0.to_string();
                 (!name.is_empty()).then_some(((pid, format!("mapped {name}")), String::new()))
             } else if what.starts_with("descriptor ") {
-                let flags = how.rsplit_once(" flags:").map(|(_, flags)| flags);
-                let link = how.split_once(" pos:").map_or(how.as_str(), |(link, _)| link);
-                Some(((pid, what), format!("{link} {}", flags.unwrap_or("").trim())))
+                // LINK at POSITION, flags FLAGS
+                let (link, rest) = how.rsplit_once(" at ")?;
+                Some(((pid, what), format!("{link}, {}", rest.split_once(", ")?.1)))
             } else {
                 Some(((pid, what), how))
             }
         });
         Visible(facts.collect())
+    }
+
+    /// Without the names of files that were deleted.
+    pub fn without_deleted_names(mut self) -> Visible {
+        for how in self.0.values_mut() {
+            if let Some((name, rest)) = how.rsplit_once(" (deleted)") {
+                let directory = name.rsplit_once('/').map_or(name, |(directory, _)| directory);
+                *how = format!("{directory}/... (deleted){rest}");
+            }
+        }
+        self
     }
 
     /// The same without pending signals, and without the mappings that begin in `window`: a worker's.

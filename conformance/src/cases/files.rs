@@ -22,11 +22,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("files/o-path", &["files"], o_path),
         Case::new("files/proc", &["files"], proc),
         Case::new("files/name-says-deleted", &["files"], name_says_deleted),
-        // Links in /proc show the other name afterwards.
-        Case::new("files/other-name", &["files"], other_name).unsteady(),
+        Case::new("files/other-name", &["files"], other_name),
         Case::new("files/deleted", &["files"], deleted),
-        // Links in /proc show no name afterwards.
-        Case::new("files/deleted-name-taken", &["files"], deleted_name_taken).unsteady(),
+        Case::new("files/deleted-name-taken", &["files"], deleted_name_taken).loses_names(),
         Case::new("files/deleted-hole", &["files"], deleted_hole),
         Case::new("files/deleted-mapped", &["files", "memory"], deleted_mapped),
         Case::new("files/tmpfile", &["files"], tmpfile),

@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode};
 use nix::sys::statfs::{FsType, statfs};
 use nix::sys::time::TimeSpec;
-use nix::unistd::UnlinkatFlags;
+use nix::unistd::{UnlinkatFlags, linkat};
 
 use crate::args;
 use crate::batch::{Replies, Slot, Sysno};
@@ -60,6 +60,8 @@ pub enum Place {
         /// `S_IFREG`, `S_IFDIR`, ...
         file_type: u32,
         identity: Identity,
+        /// The name that it was opened by, which was deleted: links in `/proc` show it.
+        former: Option<PathBuf>,
     },
     /// In `/proc/PID` of a process of the tree, or in the part of `/proc` that is about no process: there is nothing
     /// to identify it by, and opening it again gives the same.
@@ -246,7 +248,13 @@ impl Resource for Files {
                 Place::Proc { path }
             }
             Located::Path(path) => {
-                Place::Path { path, file_type: seen.file_type(), identity: Identity::of(&seen.stat) }
+                let former = (path.as_os_str() != seen.link).then(|| without_deleted(&seen.link)).flatten();
+                Place::Path {
+                    path,
+                    file_type: seen.file_type(),
+                    identity: Identity::of(&seen.stat),
+                    former: former.map(PathBuf::from),
+                }
             }
             Located::Deleted if seen.file_type() == libc::S_IFREG => {
                 let target = &context.targets[seen.process];
@@ -268,7 +276,7 @@ impl Resource for Files {
 
     fn check(saved: &File, context: &mut Check<'_>) {
         match &saved.place {
-            Place::Path { path, file_type, identity } => {
+            Place::Path { path, file_type, identity, .. } => {
                 if !path.is_absolute() {
                     return context.refuse("", format!("{} is not a full path", path.display()), USE_ANOTHER_COPY);
                 }
@@ -291,7 +299,16 @@ impl Resource for Files {
         let flags = reopen_flags(context.file().flags);
         let position = saved.position;
         match &saved.place {
-            Place::Path { path, file_type, identity } => {
+            Place::Path { path, former: Some(former), identity, file_type: libc::S_IFREG } => {
+                if let Some(file) = open_by_former_name(path, former, identity, flags, position) {
+                    return context.give(context.id, process, file);
+                }
+                let (identity, comparable) = (*identity, inodes_comparable(&context.image.host, identity.device));
+                open(context, process, path.as_os_str(), flags, position, move |now| {
+                    identity.difference_to(&now.identity, now.file_type, libc::S_IFREG, Expect::SameFile, comparable)
+                })
+            }
+            Place::Path { path, file_type, identity, .. } => {
                 let comparable = inodes_comparable(&context.image.host, identity.device);
                 let expect = if *file_type == libc::S_IFREG { Expect::SameFile } else { Expect::Present };
                 let (file_type, identity) = (*file_type, *identity);
@@ -301,7 +318,10 @@ impl Resource for Files {
             }
             Place::Proc { path } => open(context, process, path.as_os_str(), flags, position, |_| None),
             Place::Deleted { id } => {
-                let opened = reopen(context.objects.deleted[id.0 as usize].as_fd(), flags, position);
+                let deleted = &context.objects.deleted[id.0 as usize];
+                // What O_TMPFILE gave keeps that flag: only the file as it was made has it.
+                let as_made = context.file().flags & (libc::O_ACCMODE | TMPFILE_BIT) == libc::O_RDWR | TMPFILE_BIT;
+                let opened = if as_made { same(deleted, position) } else { reopen(deleted.as_fd(), flags, position) };
                 let file = opened.map_err(|errno| RestoreError::Io {
                     what: "a deleted file could not be opened again".into(),
                     source: errno.into(),
@@ -310,6 +330,27 @@ impl Resource for Files {
             }
         }
     }
+}
+
+/// The open file description of a deleted file that it was made by.
+fn same(file: &OwnedFd, position: i64) -> nix::Result<OwnedFd> {
+    nix::unistd::lseek(file, position, nix::unistd::Whence::SeekSet)?;
+    file.try_clone().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
+}
+
+/// Opens a file by a name that it had, if nothing else has it now. `None` if that is not possible: any other name will
+/// do as well.
+fn open_by_former_name(path: &Path, former: &Path, identity: &Identity, flags: i32, position: i64) -> Option<OwnedFd> {
+    let parent = open_directory(former.parent()?).ok()?;
+    let there = nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+    if Identity::of(&nix::sys::stat::fstat(&there).ok()?).inode != identity.inode {
+        return None;
+    }
+    let named = named_for_a_moment(&parent, former.file_name()?, &there, OFlag::from_bits_retain(flags)).ok()??;
+    if position != 0 && flags & libc::O_PATH == 0 {
+        nix::unistd::lseek(&named, position, nix::unistd::Whence::SeekSet).ok()?;
+    }
+    Some(named)
 }
 
 /// A new open file description of what a descriptor of ours leads to: a deleted file, a memory file.
@@ -592,7 +633,8 @@ pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, Restore
         if !deleted.linkable
             && let Some(name) = deleted.path.file_name()
         {
-            file = with_former_name(&parent, name, file).map_err(error)?;
+            let named = named_for_a_moment(&parent, name, &file, OFlag::O_RDWR).map_err(error)?;
+            file = named.unwrap_or(file);
         }
         finish_deleted(deleted, file.as_fd()).map_err(error)?;
         rebuilt.push(file);
@@ -629,7 +671,7 @@ fn nameless_file(parent: &OwnedFd, directory: &Path) -> nix::Result<OwnedFd> {
     for attempt in 0.. {
         let name = format!(".ckpt-{}-{attempt}", std::process::id());
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match nix::fcntl::openat(parent, name.as_str(), flags, mode) {
+        match openat(parent, name.as_str(), flags, mode) {
             Err(Errno::EEXIST) => {}
             Ok(file) => {
                 nix::unistd::unlinkat(parent, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
@@ -641,26 +683,20 @@ fn nameless_file(parent: &OwnedFd, directory: &Path) -> nix::Result<OwnedFd> {
     unreachable!("one of all names is free")
 }
 
-/// Gives a nameless file its former name for a moment, so that links in `/proc` show it as before. A name that is in use
-/// is left alone: the file stays as it is.
-fn with_former_name(parent: &OwnedFd, name: &OsStr, file: OwnedFd) -> nix::Result<OwnedFd> {
+/// Opens a file by a name that it gets for this moment, so that links in `/proc` show that name as deleted. `None` if the
+/// name is in use: it is left alone.
+fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFlag) -> nix::Result<Option<OwnedFd>> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let follow = nix::fcntl::AtFlags::AT_SYMLINK_FOLLOW;
-    if nix::unistd::linkat(nix::fcntl::AT_FDCWD, link.as_str(), parent, name, follow).is_err() {
-        return Ok(file);
+    if linkat(AT_FDCWD, link.as_str(), parent, name, AtFlags::AT_SYMLINK_FOLLOW).is_err() {
+        return Ok(None);
     }
-    let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-    let named = nix::fcntl::openat(parent, name, flags, Mode::empty());
-    let is_ours = |stat: nix::Result<FileStat>| -> nix::Result<bool> {
-        let (ours, found) = (nix::sys::stat::fstat(&file)?, stat?);
-        Ok((ours.st_dev, ours.st_ino) == (found.st_dev, found.st_ino))
-    };
+    let named = openat(parent, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty());
+    let ours = nix::sys::stat::fstat(file)?;
+    let is_ours = |stat: FileStat| (ours.st_dev, ours.st_ino) == (stat.st_dev, stat.st_ino);
     // Somebody may have put another file there meanwhile: that one is not removed.
-    if is_ours(nix::sys::stat::fstatat(parent, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)) == Ok(true) {
+    if nix::sys::stat::fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(is_ours) {
         nix::unistd::unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)?;
     }
-    match named {
-        Ok(named) if is_ours(nix::sys::stat::fstat(&named))? => Ok(named),
-        _ => Ok(file),
-    }
+    let named = named?;
+    Ok(is_ours(nix::sys::stat::fstat(&named)?).then_some(named))
 }

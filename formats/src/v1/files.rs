@@ -11,7 +11,7 @@ wire_struct! {
 
 wire_enum! {
     pub enum PlaceV1 for ckpt_core::resource::files::Place {
-        Path { path: Bytes, file_type: u32, identity: IdentityV1 },
+        Path { path: Bytes, file_type: u32, identity: IdentityV1, former: Option<Bytes> },
         Proc { path: Bytes },
         Deleted { id: u32 },
     }
