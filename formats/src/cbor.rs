@@ -248,6 +248,10 @@ impl<'de> de::Deserializer<'de> for &mut Decoder<'de> {
         rest.end(value)
     }
 
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _name: &'static str, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_newtype_struct(self)
+    }
+
     fn deserialize_tuple<V: Visitor<'de>>(self, _length: usize, visitor: V) -> Result<V::Value, Error> {
         self.deserialize_seq(visitor)
     }
@@ -287,7 +291,7 @@ impl<'de> de::Deserializer<'de> for &mut Decoder<'de> {
         }
     }
 
-    forward_to_deserialize_any! { i128 u128 f32 f64 char unit unit_struct newtype_struct map ignored_any }
+    forward_to_deserialize_any! { i128 u128 f32 f64 char unit unit_struct map ignored_any }
 }
 
 /// What is left of a list or a struct.

@@ -57,7 +57,8 @@ struct Writer {
     checksums: Vec<u32>,
     /// The pages that have got their checksum: sorted, disjoint, neighbours joined.
     covered: Vec<PageExtent>,
-    blobs: Vec<BlobV1>,
+    /// Kept open until they are synced.
+    blobs: Vec<(BlobV1, File)>,
 }
 
 /// How it is made sure that there is room for the pages before the target writes them: a full disk is then our error
@@ -147,9 +148,7 @@ impl ImageWriter for Writer {
             Failure::Read(source) => io(&self.partial, &name, "cannot be read where it is copied from", source),
             Failure::Write(source) => io(&self.partial, &name, "cannot be written", source),
         })?;
-        // Begins to go to the disk while the dump goes on.
-        file.sync_data().map_err(|source| io(&self.partial, &name, "cannot be synced", source))?;
-        self.blobs.push(BlobV1 { size, checksum });
+        self.blobs.push((BlobV1 { size, checksum }, file));
         Ok(BlobId(id))
     }
 
@@ -176,6 +175,9 @@ impl ImageWriter for Writer {
             .map_err(|source| io(&this.partial, MANIFEST, "cannot be written", source))?;
         file.sync_data().map_err(|source| io(&this.partial, MANIFEST, "cannot be synced", source))?;
         this.pages.sync_data().map_err(|source| io(&this.partial, PAGES, "cannot be synced", source))?;
+        for (number, (_, blob)) in (0..).zip(&this.blobs) {
+            blob.sync_data().map_err(|source| io(&this.partial, &blob_name(number), "cannot be synced", source))?;
+        }
         this.partial.publish()
     }
 }
@@ -238,7 +240,7 @@ impl Writer {
         let wire = ManifestV1 {
             pages: self.reserved,
             page_checksums,
-            blobs: self.blobs.clone(),
+            blobs: self.blobs.iter().map(|(blob, _)| *blob).collect(),
             image: ImageV1::from_live(image),
         };
         let mut bytes = Vec::new();
