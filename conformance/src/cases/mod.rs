@@ -7,9 +7,12 @@ mod calls;
 mod credentials;
 mod descriptors;
 mod devices;
+mod epoll;
+mod eventfd;
 mod fifos;
 mod files;
 mod filesystem;
+mod inet_sockets;
 mod limits;
 mod locks;
 mod memory;
@@ -17,22 +20,28 @@ mod pipes;
 mod programs;
 mod registers;
 mod scheduling;
+mod signalfd;
 mod signals;
 mod tasks;
 mod terminals;
+mod timerfd;
 mod timers;
+mod unix_sockets;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
-        attributes::cases,
+        attributes::cases, //
         calls::cases,
         credentials::cases,
         descriptors::cases,
         devices::cases,
+        epoll::cases,
+        eventfd::cases,
         fifos::cases,
         files::cases,
         filesystem::cases,
+        inet_sockets::cases,
         limits::cases,
         locks::cases,
         memory::cases,
@@ -40,10 +49,13 @@ pub fn all() -> Vec<Case> {
         programs::cases,
         registers::cases,
         scheduling::cases,
+        signalfd::cases,
         signals::cases,
         tasks::cases,
         terminals::cases,
+        timerfd::cases,
         timers::cases,
+        unix_sockets::cases,
     ];
     files.iter().flat_map(|cases| cases()).collect()
 }

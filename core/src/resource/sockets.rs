@@ -35,6 +35,9 @@ impl SocketKind {
         };
         match (self.domain, self.protocol) {
             (libc::AF_UNIX, _) => format!("Unix {kind} sockets"),
+            (libc::AF_INET | libc::AF_INET6, protocol) if self.kind == libc::SOCK_RAW => {
+                format!("raw IP sockets (protocol {protocol})")
+            }
             (libc::AF_INET | libc::AF_INET6, libc::IPPROTO_TCP) => "TCP sockets".into(),
             (libc::AF_INET | libc::AF_INET6, libc::IPPROTO_UDP) => "UDP sockets".into(),
             (libc::AF_INET | libc::AF_INET6, libc::IPPROTO_SCTP) => "SCTP sockets".into(),
@@ -279,7 +282,12 @@ fn options_of(kind: SocketKind) -> impl Iterator<Item = &'static Known> {
         libc::IPPROTO_UDP => UDP,
         _ => &[],
     };
-    [COMMON, ip, ipv6, transport].into_iter().flatten()
+    // A connection cannot be to a multicast group.
+    let is_tcp = kind.protocol == libc::IPPROTO_TCP;
+    [COMMON, ip, ipv6, transport]
+        .into_iter()
+        .flatten()
+        .filter(move |known| !(is_tcp && known.name.contains("MULTICAST")))
 }
 
 /// Adds a `getsockopt` that may fail. Gives the call, the value and its length.

@@ -228,6 +228,13 @@ impl Resource for UnixSockets {
             State::Orphaned { ref name, .. } if saved.kind != libc::SOCK_DGRAM || name.is_empty() => {
                 pair(context, saved, None, context.id)
             }
+            State::Listening { .. } if saved.name.first() == Some(&0) => {
+                // What was accepted through an abstract name is made through that name: while it is not taken.
+                for file in connections_of(context.image, &saved.name) {
+                    context.require(file)?;
+                }
+                single(saved, context)
+            }
             _ => single(saved, context),
         }
     }
@@ -269,6 +276,23 @@ fn is_pair(image: &Image, one: FileId, other: FileId) -> bool {
 fn made_as_pair(image: &Image, one: FileId, other: FileId) -> bool {
     let named = |file| unix_socket(image, file).is_some_and(|socket| !socket.name.is_empty());
     is_pair(image, one, other) && !(named(one) && named(other))
+}
+
+/// The sockets whose connection was made through a name.
+fn connections_of(image: &Image, name: &[u8]) -> Vec<FileId> {
+    let is_connection = |file: &FileId| {
+        unix_socket(image, *file).is_some_and(|socket| {
+            socket.kind != libc::SOCK_DGRAM
+                && match &socket.state {
+                    State::Connected { to } => {
+                        socket.name == name || unix_socket(image, *to).is_some_and(|peer| peer.name == name)
+                    }
+                    State::Orphaned { name: peer, .. } => socket.name == name || peer == name,
+                    _ => false,
+                }
+        })
+    };
+    (0..image.files.len() as u32).map(FileId).filter(is_connection).collect()
 }
 
 /// A name as a message shows it; an abstract one with `@`.
@@ -516,7 +540,8 @@ fn queue(
         for (index, peek) in peeks.iter().enumerate() {
             let peeked = match peek.take(&replies) {
                 Ok(peeked) => peeked,
-                Err(Errno::EAGAIN) => {
+                // A socket of connections that has none says ENOTCONN.
+                Err(Errno::EAGAIN | Errno::ENOTCONN) => {
                     if empty_first && index == 0 {
                         messages.push(Message::default());
                     }
