@@ -1,7 +1,7 @@
 //! TCP and UDP sockets.
 
-use crate::v1::sockets::{IpAddressV1, SocketAddressV1, SocketOptionV1};
-use crate::wire::{wire_enum, wire_struct};
+use crate::v1::sockets::{SocketAddressV1, SocketOptionV1};
+use crate::wire::{Bytes, wire_enum, wire_struct};
 
 wire_struct! {
     pub struct InetSocketV1 for ckpt_core::resource::inet_sockets::InetSocket {
@@ -27,9 +27,9 @@ wire_enum! {
 
 wire_struct! {
     pub struct MembershipV1 for ckpt_core::resource::inet_sockets::Membership {
-        group: IpAddressV1,
+        group: Bytes,
         interface: String,
         include: bool,
-        sources: Vec<IpAddressV1>,
+        sources: Vec<Bytes>,
     }
 }

@@ -20,30 +20,27 @@ impl Wire<SocketOption> for SocketOptionV1 {
     }
     fn any(entropy: &mut Entropy<'_>) -> SocketOption {
         let (level, option) = (i32::any(entropy), i32::any(entropy));
-        SocketOption { level, option, value: Bytes::any(entropy) }
+        SocketOption { level, option, value: <Bytes as Wire<Vec<u8>>>::any(entropy) }
     }
 }
 
 impl Item for SocketOptionV1 {}
 
 /// The 4 or 16 bytes of an IP address, in network order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct IpAddressV1(pub Bytes);
-
-impl Wire<IpAddr> for IpAddressV1 {
-    fn from_live(live: &IpAddr) -> IpAddressV1 {
-        IpAddressV1(Bytes(match live {
+impl Wire<IpAddr> for Bytes {
+    fn from_live(live: &IpAddr) -> Bytes {
+        Bytes(match live {
             IpAddr::V4(address) => address.octets().to_vec(),
             IpAddr::V6(address) => address.octets().to_vec(),
-        }))
+        })
     }
     fn into_live(self, _bounds: &Bounds) -> Result<IpAddr, Invalid> {
-        if let Ok(bytes) = <[u8; 4]>::try_from(self.0.0.as_slice()) {
+        if let Ok(bytes) = <[u8; 4]>::try_from(self.0.as_slice()) {
             return Ok(Ipv4Addr::from(bytes).into());
         }
-        match <[u8; 16]>::try_from(self.0.0.as_slice()) {
+        match <[u8; 16]>::try_from(self.0.as_slice()) {
             Ok(bytes) => Ok(Ipv6Addr::from(bytes).into()),
-            Err(_) => Err(Invalid::new(format!("an IP address of {} bytes", self.0.0.len()))),
+            Err(_) => Err(Invalid::new(format!("an IP address of {} bytes", self.0.len()))),
         }
     }
     fn any(entropy: &mut Entropy<'_>) -> IpAddr {
@@ -54,11 +51,9 @@ impl Wire<IpAddr> for IpAddressV1 {
     }
 }
 
-impl Item for IpAddressV1 {}
-
 /// `[address, port, flow label, scope]`; the last two are 0 for IPv4.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SocketAddressV1(pub IpAddressV1, pub u16, pub u32, pub u32);
+pub struct SocketAddressV1(pub Bytes, pub u16, pub u32, pub u32);
 
 impl Wire<SocketAddr> for SocketAddressV1 {
     fn from_live(live: &SocketAddr) -> SocketAddressV1 {
@@ -66,7 +61,7 @@ impl Wire<SocketAddr> for SocketAddressV1 {
             SocketAddr::V4(_) => (0, 0),
             SocketAddr::V6(address) => (address.flowinfo(), address.scope_id()),
         };
-        SocketAddressV1(IpAddressV1::from_live(&live.ip()), live.port(), flow, scope)
+        SocketAddressV1(Bytes::from_live(&live.ip()), live.port(), flow, scope)
     }
     fn into_live(self, bounds: &Bounds) -> Result<SocketAddr, Invalid> {
         Ok(match self.0.into_live(bounds)? {
@@ -76,7 +71,7 @@ impl Wire<SocketAddr> for SocketAddressV1 {
     }
     fn any(entropy: &mut Entropy<'_>) -> SocketAddr {
         let (port, flow, scope) = (u16::any(entropy), u32::any(entropy), u32::any(entropy));
-        match IpAddressV1::any(entropy) {
+        match <Bytes as Wire<IpAddr>>::any(entropy) {
             IpAddr::V4(address) => SocketAddrV4::new(address, port).into(),
             IpAddr::V6(address) => SocketAddrV6::new(address, port, flow, scope).into(),
         }
