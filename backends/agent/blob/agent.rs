@@ -22,6 +22,7 @@ use protocol::*;
 
 const SYS_READ: u64 = 0;
 const SYS_CLOSE: u64 = 3;
+const SYS_SCHED_YIELD: u64 = 24;
 const SYS_SENDTO: u64 = 44;
 const SYS_FUTEX: u64 = 202;
 const SYS_EXIT_GROUP: u64 = 231;
@@ -136,22 +137,39 @@ unsafe fn run(lane: *mut Lane) {
 /// The driver is gone: the program goes on, or a skeleton that was never released ends.
 unsafe fn leave(lane: *mut Lane) -> ! {
     unsafe {
-        if (*lane).leave == LEAVE_SKELETON {
-            let control = &*((*lane).control as *const AtomicU32);
-            if control.load(Ordering::Acquire) == 0 {
-                loop {
-                    system(SYS_EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
-                }
-            }
-            let mut n = 0;
-            while n < (*lane).thread_count {
-                let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
-                (*(&raw const (*thread).command).cast::<AtomicU32>()).store(COMMAND_LEAVE, Ordering::Release);
-                system(SYS_FUTEX, [&raw const (*thread).command as u64, FUTEX_WAKE, 1, 0, 0, 0]);
-                n += 1;
+        let control = &*((*lane).control as *const Control);
+        let committed = &*(&raw const control.committed).cast::<AtomicU32>();
+        let in_transit = &*(&raw const control.in_transit).cast::<AtomicU32>();
+        let skeleton = (*lane).leave == LEAVE_SKELETON;
+        if skeleton && committed.load(Ordering::Acquire) == 0 {
+            loop {
+                system(SYS_EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
             }
         }
+        let certain = in_transit.load(Ordering::Acquire) == 0;
+        let mut n = 0;
+        while n < (*lane).thread_count {
+            let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
+            (*(&raw const (*thread).command).cast::<AtomicU32>()).store(COMMAND_LEAVE, Ordering::Release);
+            system(SYS_FUTEX, [&raw const (*thread).command as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+            n += 1;
+        }
         system(SYS_CLOSE, [(*lane).socket as u64, 0, 0, 0, 0, 0]);
+        if skeleton {
+            sigreturn((*lane).frame);
+        }
+        if !certain {
+            sigreturn((*lane).plain_frame);
+        }
+        // The region goes last: not before every other thread has said, from outside of it, that it is out.
+        n = 0;
+        while n < (*lane).thread_count {
+            let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
+            while (&raw const (*thread).left).read_volatile() == 0 {
+                system(SYS_SCHED_YIELD, [0; 6]);
+            }
+            n += 1;
+        }
         sigreturn((*lane).frame)
     }
 }

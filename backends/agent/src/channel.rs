@@ -67,6 +67,8 @@ impl Channel {
                 call_array: lane + layout.calls as u64,
                 control: base + CODE_SIZE as u64,
                 frame: 0,
+                left: 0,
+                plain_frame: 0,
                 threads: 0,
                 thread_count: 0,
                 thread_stride: 0,
@@ -79,6 +81,10 @@ impl Channel {
 
     /// Offset in a region of the first lane.
     pub const FIRST: usize = CODE_SIZE + CONTROL_SIZE;
+
+    pub fn region(&self) -> Arc<Region> {
+        self.region.clone()
+    }
 
     /// Address of the lane in the target.
     pub fn address(&self) -> u64 {
@@ -112,12 +118,30 @@ impl Channel {
         self.region.mapping().put(self.offset, lane);
     }
 
-    /// Frozen targets: when we are gone, the agent hands the thread back through the frame at this address.
-    pub fn set_healing(&mut self, frame: u64) {
+    /// Frozen targets: when we are gone, the agent hands the thread back through the frame at this address; through the
+    /// plain one, where it cannot be known whether the region may go.
+    pub fn set_healing(&mut self, frame: u64, plain_frame: u64) {
         self.change(|lane| {
             lane.leave = protocol::LEAVE_HEAL;
             lane.frame = frame;
+            lane.plain_frame = plain_frame;
         });
+    }
+
+    /// Address of the word that says that the thread of this lane has left.
+    pub fn left_address(&self) -> u64 {
+        self.address() + std::mem::offset_of!(Lane, left) as u64
+    }
+
+    /// The thread of this lane is stopped, and will not come back to it.
+    pub fn set_left(&mut self) {
+        self.change(|lane| lane.left = 1);
+    }
+
+    /// A thread is on its way into or out of a lane of this region.
+    pub fn set_in_transit(&self, in_transit: bool) {
+        let at = CODE_SIZE + std::mem::offset_of!(protocol::Control, in_transit);
+        self.region.mapping().atomic(at).store(in_transit.into(), Ordering::Release);
     }
 
     /// Skeletons: the frame that the thread goes on through if we are lost after the release.
@@ -128,7 +152,7 @@ impl Channel {
         self.change(|lane| lane.frame = address);
     }
 
-    /// Skeletons: the futex lanes of the same process, one after the other in the region.
+    /// The futex lanes of the same process, one after the other in the region.
     pub fn set_threads(&mut self, first: u64, count: usize) {
         self.change(|lane| {
             lane.threads = first;
@@ -196,7 +220,7 @@ impl Channel {
     }
 
     /// Puts the bytes of a batch into the lane, and gives its calls with all addresses filled in.
-    pub fn place(&mut self, batch: &Batch) -> Vec<Call> {
+    fn place(&mut self, batch: &Batch) -> Vec<Call> {
         let layout = self.kind.layout();
         let memory = self.region.mapping();
         let bytes_at = self.offset + layout.bytes;
@@ -228,7 +252,7 @@ impl Channel {
     }
 
     /// The bytes of a batch that was placed, as its calls left them.
-    pub fn placed_bytes(&self, batch: &Batch) -> Vec<u8> {
+    fn placed_bytes(&self, batch: &Batch) -> Vec<u8> {
         let mut bytes = vec![0; batch.initial_bytes().len()];
         self.region.mapping().read(self.offset + self.kind.layout().bytes, &mut bytes);
         bytes

@@ -18,6 +18,9 @@ pub const CONTROL_SIZE: usize = 4096;
 pub struct Control {
     /// Skeletons: 1 once the tree has been released. From then on a lost driver means "go on", not "exit".
     pub committed: u32,
+    /// Frozen targets: 1 while a thread is on its way into a lane or out of it. Then a lost driver leaves the region
+    /// behind, as nobody knows whether the thread still needs it.
+    pub in_transit: u32,
 }
 
 /// What a call of the agent's own is: a number no system call has.
@@ -70,7 +73,12 @@ pub struct Lane {
     pub control: u64,
     /// A `struct ucontext` for `rt_sigreturn`, through which the thread leaves the agent.
     pub frame: u64,
-    /// Socket lanes of skeletons: the futex lanes of the same process, to release them.
+    /// Futex lanes of frozen targets: not 0 once the thread has left for good. The kernel writes it for a system call that
+    /// the thread makes outside of the region.
+    pub left: u64,
+    /// Socket lanes of frozen targets: the way out that leaves the region behind.
+    pub plain_frame: u64,
+    /// Socket lanes: the futex lanes of the same process, to release them.
     pub threads: u64,
     pub thread_count: u64,
     pub thread_stride: u64,

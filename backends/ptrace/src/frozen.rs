@@ -9,7 +9,7 @@ use ckpt_agent::protocol::CODE_SIZE;
 use ckpt_agent::{Channel, LaneKind, Region, Wait};
 use ckpt_core::args;
 use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
-use ckpt_core::batch::{Batch, Operation, Replies, Sysno};
+use ckpt_core::batch::{Batch, Replies, Sysno};
 use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
@@ -30,6 +30,9 @@ pub struct FrozenTarget {
     /// Index of the thread that the agent runs in.
     host: usize,
     channel: Channel,
+    /// The lanes of other threads, in the order they were sent into them.
+    lanes: Vec<(usize, Channel)>,
+    mappings: Vec<Mapping>,
     region: (u64, u64),
 }
 
@@ -53,6 +56,8 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
             entrance: footing.entrance,
             host: footing.host,
             channel: footing.channel,
+            lanes: Vec::new(),
+            mappings: footing.mappings,
             region: footing.region,
         }));
     }
@@ -63,6 +68,7 @@ struct Footing {
     entrance: Entrance,
     host: usize,
     channel: Channel,
+    mappings: Vec<Mapping>,
     region: (u64, u64),
 }
 
@@ -71,25 +77,30 @@ fn enter(stopped: &mut StoppedProcess, search: &mut Search) -> Result<Footing, T
     let process = &stopped.process;
     let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
     let entrance = search.entrance(process, &mappings)?;
-    let size = Region::size_for([LaneKind::Main]);
+    let others = stopped.tracees.len() - 1;
+    let size = Region::size_for(std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, others)));
     let base = free_range(&mappings, size as u64);
-    let result = enter_on_some_thread(stopped, &entrance, base, size);
+    let result = enter_on_some_thread(stopped, &entrance, &mappings, base, size);
     if result.is_err() {
         entrance::remove_stub(&stopped.process, &entrance);
     }
     let (host, channel) = result?;
-    Ok(Footing { entrance, host, channel, region: (base, size as u64) })
+    Ok(Footing { entrance, host, channel, mappings, region: (base, size as u64) })
 }
 
 fn enter_on_some_thread(
     stopped: &mut StoppedProcess,
     entrance: &Entrance,
+    mappings: &[Mapping],
     base: u64,
     size: usize,
 ) -> Result<(usize, Channel), TraceError> {
     let mut result = Err(TraceError::NoStack(stopped.frozen.task.pid));
     for host in 0..stopped.tracees.len() {
-        result = enter_on(&stopped.process, &mut stopped.tracees[host], entrance, base, size);
+        let tracee = &mut stopped.tracees[host];
+        result = tracee
+            .establish(&stopped.process, entrance, mappings)
+            .and_then(|()| enter_on(&stopped.process, tracee, entrance, base, size));
         match result {
             // Another thread may have the room.
             Err(TraceError::NoStack(_)) => {}
@@ -112,9 +123,7 @@ fn enter_on(
     size: usize,
 ) -> Result<Channel, TraceError> {
     const NAME: u64 = u64::from_le_bytes(*b"ckpt\0\0\0\0");
-    let call = |tracee: &mut Tracee, number, args| succeed(tracee.inject(process, entrance, number, args)?);
-    // The first call lays the way back down; its own argument can then lie below that.
-    call(tracee, libc::SYS_getpid, [0; 6])?;
+    let call = |tracee: &mut Tracee, number, args| succeed(tracee.inject(entrance, number, args)?);
     let scratch = tracee.scratch();
     process.force_write(RemotePtr(scratch), &NAME.to_le_bytes())?;
     let memfd = call(tracee, libc::SYS_memfd_create, [scratch, libc::MFD_CLOEXEC as u64, 0, 0, 0, 0])?;
@@ -131,7 +140,7 @@ fn enter_on(
     });
     if mapped.is_ok() {
         // From here on a lost driver takes the mapping along.
-        tracee.undo_with_munmap(process, entrance, base, size as u64)?;
+        tracee.undo_with(process, entrance, libc::SYS_munmap, [base, size as u64])?;
         let rest = map(code, size as u64 - code, libc::PROT_READ | libc::PROT_WRITE);
         if let Err(error) = call(tracee, libc::SYS_mmap, rest) {
             mapped = Err(error);
@@ -161,8 +170,8 @@ fn enter_on(
     };
     let pid = process.proc.pid();
     let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Socket { ours, theirs });
-    let frame = tracee.undo_with_munmap(process, entrance, base, size as u64)?;
-    channel.set_healing(frame);
+    let frame = tracee.undo_with(process, entrance, libc::SYS_munmap, [base, size as u64])?;
+    channel.set_healing(frame, tracee.plain_frame());
     tracee.enter_agent(channel.entry(), channel.address())?;
     Ok(channel)
 }
@@ -194,16 +203,49 @@ impl FrozenTarget {
         }
     }
 
+    /// Sends another thread into a lane of its own. Gives the lane's place in the list.
+    fn enter_lane(&mut self, thread: usize) -> Result<usize, TraceError> {
+        let offset = Channel::FIRST + LaneKind::Main.size() + self.lanes.len() * LaneKind::Thread.size();
+        let (pid, base) = (self.tids[0], self.region.0);
+        let mut lane = Channel::new(self.channel.region(), LaneKind::Thread, offset, base, pid, Wait::Futex);
+        let tracee = &mut self.tracees[thread];
+        tracee.establish(&self.process, &self.entrance, &self.mappings)?;
+        // Written by the kernel for a call that is made outside of the region, so that the main thread knows that this one
+        // does not need it any more.
+        let left = [lane.left_address(), 0];
+        let frame = tracee.undo_with(&self.process, &self.entrance, libc::SYS_time, left)?;
+        lane.set_healing(frame, frame);
+        self.channel.set_in_transit(true);
+        let entered = tracee.enter_agent(lane.entry(), lane.address());
+        let first = self.lanes.first().map_or(lane.address(), |(_, first)| first.address());
+        self.lanes.push((thread, lane));
+        self.channel.set_threads(first, self.lanes.len());
+        self.channel.set_in_transit(false);
+        entered?;
+        Ok(self.lanes.len() - 1)
+    }
+
     /// Takes the agent out and puts all threads back as the freeze found them, still stopped.
     fn put_back(&mut self) -> Result<(), TraceError> {
+        for (thread, lane) in &mut self.lanes {
+            let tracee = &mut self.tracees[*thread];
+            if tracee.is_agent() {
+                tracee.leave_agent()?;
+                self.channel.set_in_transit(true);
+                lane.set_left();
+                let back = tracee.put_back_registers();
+                self.channel.set_in_transit(false);
+                back?;
+            }
+        }
         let tracee = &mut self.tracees[self.host];
         if tracee.is_agent() {
             tracee.leave_agent()?;
             tracee.undo_nothing();
             let (base, size) = self.region;
-            tracee.inject(&self.process, &self.entrance, libc::SYS_munmap, [base, size, 0, 0, 0, 0])?;
+            tracee.inject(&self.entrance, libc::SYS_munmap, [base, size, 0, 0, 0, 0])?;
             if let Some(socket) = self.channel.their_socket() {
-                tracee.inject(&self.process, &self.entrance, libc::SYS_close, [socket.0 as u64, 0, 0, 0, 0, 0])?;
+                tracee.inject(&self.entrance, libc::SYS_close, [socket.0 as u64, 0, 0, 0, 0, 0])?;
             }
         }
         for tracee in &mut self.tracees {
@@ -211,6 +253,17 @@ impl FrozenTarget {
         }
         entrance::remove_stub(&self.process, &self.entrance);
         Ok(())
+    }
+}
+
+/// While an agent runs, its thread is to leave whatever stop it comes into.
+fn keep_running(tracee: &Tracee, pid: Pid) -> Result<(), TargetError> {
+    match tracee.keep_running() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(TargetError::Gone { pid }),
+        // Another thread of ours drives this target: ptrace answers only the one that attached.
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(()),
+        Err(source) => Err(TargetError::Driver { pid, operation: "waitpid", source }),
     }
 }
 
@@ -241,32 +294,19 @@ impl Target for FrozenTarget {
 
     fn run(&mut self, batch: &Batch) -> Result<Replies, TargetError> {
         let tracee = &self.tracees[self.host];
-        let (pid, tid) = (self.tids[0], tracee.tid);
-        self.channel.run(batch, &mut || match tracee.keep_running() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(TargetError::Gone { pid }),
-            // Another thread of ours drives this target: ptrace answers only the one that attached.
-            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(()),
-            Err(source) => Err(TargetError::Driver { pid: tid, operation: "waitpid", source }),
-        })
+        self.channel.run(batch, &mut || keep_running(tracee, self.tids[0]))
     }
 
     fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
         if thread == self.host {
             return self.run(batch);
         }
-        let mut calls = self.channel.place(batch);
-        let tracee = &mut self.tracees[thread];
-        let ran = tracee.inject_all(&self.process, &self.entrance, &mut calls);
-        let ran = ran.map_err(|error| self.driver_error("an injected call", error))?;
-        let results: Vec<i64> = calls[..ran].iter().map(|call| call.result).collect();
-        if let (Some(&last), Operation::System(call)) = (results.last(), batch.calls()[ran.max(1) - 1].operation)
-            && let Err(errno) = ckpt_core::batch::decode(last)
-            && !batch.calls()[ran - 1].may_fail
-        {
-            return Err(TargetError::Call { pid: self.tids[thread], call, index: ran - 1, errno });
-        }
-        Ok(Replies::new(results, self.channel.placed_bytes(batch)))
+        let lane = match self.lanes.iter().position(|(known, _)| *known == thread) {
+            Some(lane) => lane,
+            None => self.enter_lane(thread).map_err(|error| self.driver_error("entering a thread", error))?,
+        };
+        let (pid, tracee) = (self.tids[thread], &self.tracees[thread]);
+        self.lanes[lane].1.run(batch, &mut || keep_running(tracee, pid))
     }
 
     fn read(&mut self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError> {

@@ -87,12 +87,12 @@ fn hand_over(target: &mut SkeletonTarget, tracees: &mut [Tracee], search: &mut S
     let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
     let entrance = search.entrance(process, &mappings)?;
     // On the main thread; where its stack has no room for the way back, on another that has.
-    let mut on = inject_leave(process, main, &entrance, unmap, socket);
+    let mut on = inject_leave(process, main, &entrance, &mappings, unmap, socket);
     for tracee in others {
         if !matches!(on, Err(TraceError::NoStack(_))) {
             break;
         }
-        on = inject_leave(process, tracee, &entrance, unmap, socket).and_then(|()| tracee.put_back(process));
+        on = inject_leave(process, tracee, &entrance, &mappings, unmap, socket).and_then(|()| tracee.put_back(process));
     }
     if !matches!(on, Err(TraceError::NoStack(_))) {
         on?;
@@ -106,10 +106,12 @@ fn inject_leave(
     process: &Process,
     tracee: &mut Tracee,
     entrance: &entrance::Entrance,
+    mappings: &[Mapping],
     unmap: [u64; 6],
     socket: u64,
 ) -> Result<(), TraceError> {
-    tracee.inject(process, entrance, libc::SYS_munmap, unmap)?;
-    tracee.inject(process, entrance, libc::SYS_close, [socket, 0, 0, 0, 0, 0])?;
+    tracee.establish(process, entrance, mappings)?;
+    tracee.inject(entrance, libc::SYS_munmap, unmap)?;
+    tracee.inject(entrance, libc::SYS_close, [socket, 0, 0, 0, 0, 0])?;
     Ok(())
 }

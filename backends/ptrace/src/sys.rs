@@ -158,11 +158,17 @@ pub enum Stop {
 pub fn wait(tid: Pid, block: bool) -> io::Result<Option<Stop>> {
     let mut status = 0;
     let flags = libc::__WALL | if block { 0 } else { libc::WNOHANG };
-    // SAFETY: `status` lives for the call.
-    let pid = unsafe { libc::waitpid(tid.0, &mut status, flags) };
-    if pid < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let pid = loop {
+        // SAFETY: `status` lives for the call.
+        let pid = unsafe { libc::waitpid(tid.0, &mut status, flags) };
+        if pid >= 0 {
+            break pid;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    };
     if pid == 0 {
         return Ok(None);
     }

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use ckpt_agent::frame;
 use ckpt_agent::process::Process;
-use ckpt_agent::protocol::{Call, MAY_FAIL};
 use ckpt_core::procfs::Mapping;
 use ckpt_core::{Context, General, Pid, Registers, RemotePtr, Rseq, SigInfo};
 
@@ -156,12 +155,16 @@ impl Tracee {
     }
 
     /// Writes the way back below the stack. Without room for it, nothing is written.
-    fn establish(&mut self, process: &Process, entrance: &Entrance) -> Result<(), TraceError> {
+    pub fn establish(
+        &mut self,
+        process: &Process,
+        entrance: &Entrance,
+        mappings: &[Mapping],
+    ) -> Result<(), TraceError> {
         if self.foothold.is_some() {
             return Ok(());
         }
-        let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
-        if !self.room_below(&mappings) {
+        if !self.room_below(mappings) {
             return Err(TraceError::NoStack(self.tid));
         }
         let registers = Registers { general: self.ready, xsave: self.xsave.clone() };
@@ -174,28 +177,28 @@ impl Tracee {
         let _ = process.read(RemotePtr(low), &mut saved);
         let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
         bytes.extend(frame::build(&registers, self.blocked, last_frame));
-        process.force_write(RemotePtr(last_slot), &bytes)?;
+        write(process, last_slot, &bytes)?;
         self.foothold = Some(Foothold { low, saved, slot: last_slot, last_slot });
         Ok(())
     }
 
-    /// From now on the way back begins with a `munmap` of this range.
-    pub fn undo_with_munmap(
+    /// From now on the way back begins with a system call. Gives the address of the frame that makes it.
+    pub fn undo_with(
         &mut self,
         process: &Process,
         entrance: &Entrance,
-        start: u64,
-        size: u64,
+        number: libc::c_long,
+        args: [u64; 2],
     ) -> Result<u64, TraceError> {
-        let foothold = self.foothold.as_mut().expect("an injection came first");
+        let foothold = self.foothold.as_mut().expect("the way back was established");
         let undo_slot = foothold.low + SCRATCH;
         let undo_frame = undo_slot + 8;
         let general = General {
             rip: entrance.syscall_ret,
             rsp: foothold.last_slot,
-            rax: libc::SYS_munmap as u64,
-            rdi: start,
-            rsi: size,
+            rax: number as u64,
+            rdi: args[0],
+            rsi: args[1],
             orig_rax: u64::MAX,
             eflags: 0x202,
             cs: self.original.cs,
@@ -205,14 +208,14 @@ impl Tracee {
         let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
         bytes.extend(frame::build_plain(&general, u64::MAX));
         assert!(bytes.len() as u64 <= UNDO_FRAME + 8);
-        process.force_write(RemotePtr(undo_slot), &bytes)?;
+        write(process, undo_slot, &bytes)?;
         foothold.slot = undo_slot;
         Ok(undo_frame)
     }
 
     /// 64 bytes of its memory for arguments, once a call has been injected.
     pub fn scratch(&self) -> u64 {
-        self.foothold.as_ref().expect("an injection came first").low
+        self.foothold.as_ref().expect("the way back was established").low
     }
 
     /// The signals pending for it, or for its whole process.
@@ -230,20 +233,19 @@ impl Tracee {
 
     /// The way back is the plain one again.
     pub fn undo_nothing(&mut self) {
-        let foothold = self.foothold.as_mut().expect("an injection came first");
+        let foothold = self.foothold.as_mut().expect("the way back was established");
         foothold.slot = foothold.last_slot;
     }
 
-    /// Makes one system call in its name. Should we be gone in the middle, it makes the call and goes on.
+    /// Makes one system call in its name, once the way back is there. Should we be gone in the middle, it makes the call
+    /// and goes on.
     pub fn inject(
         &mut self,
-        process: &Process,
         entrance: &Entrance,
         number: libc::c_long,
         args: [u64; 6],
     ) -> Result<RawResult, TraceError> {
-        self.establish(process, entrance)?;
-        let foothold = self.foothold.as_ref().expect("just established");
+        let foothold = self.foothold.as_ref().expect("the way back was established");
         let general = General {
             rip: entrance.syscall_ret,
             rsp: foothold.slot,
@@ -269,44 +271,27 @@ impl Tracee {
         Ok(sys::general(self.tid)?.rax as i64)
     }
 
-    /// Makes the calls of a batch. Results are put into the calls; ends at the first that may not fail.
-    pub fn inject_all(
-        &mut self,
-        process: &Process,
-        entrance: &Entrance,
-        calls: &mut [Call],
-    ) -> Result<usize, TraceError> {
-        for index in 0..calls.len() {
-            let mut args = calls[index].args;
-            for (n, arg) in args.iter_mut().enumerate() {
-                if calls[index].results & (1 << n) != 0 {
-                    *arg = calls[*arg as usize].result as u64;
-                }
-            }
-            let result = self.inject(process, entrance, calls[index].number as libc::c_long, args)?;
-            calls[index].result = result;
-            if (-4095..0).contains(&result) && calls[index].flags & MAY_FAIL == 0 {
-                return Ok(index + 1);
-            }
-        }
-        Ok(calls.len())
-    }
-
     fn to_call(&self) -> Result<(), TraceError> {
         sys::resume_to_call(self.tid)?;
         loop {
-            match wait(self.tid, Duration::from_secs(10))? {
-                Stop::Call => return Ok(()),
-                Stop::Ended(_) => return Err(TraceError::Ended(self.tid)),
+            // Calls that are injected do not wait for anything.
+            match sys::wait(self.tid, true)? {
+                Some(Stop::Call) => return Ok(()),
+                Some(Stop::Ended(_)) => return Err(TraceError::Ended(self.tid)),
                 // A group stop: it takes effect when we let go.
                 _ => sys::resume_to_call(self.tid)?,
             }
         }
     }
 
+    /// The frame that leads back and does nothing else.
+    pub fn plain_frame(&self) -> u64 {
+        self.foothold.as_ref().expect("the way back was established").last_slot + 8
+    }
+
     /// Sends it into the agent, with the lane's address in `rdi`.
     pub fn enter_agent(&mut self, entry: u64, lane: u64) -> Result<(), TraceError> {
-        let slot = self.foothold.as_ref().expect("an injection came first").slot;
+        let slot = self.foothold.as_ref().expect("the way back was established").slot;
         let general = General {
             rip: entry,
             rdi: lane,
@@ -317,6 +302,10 @@ impl Tracee {
             ..self.original
         };
         sys::set_general(self.tid, &general)?;
+        if self.position == Position::Frozen {
+            self.position = Position::Injected;
+            sys::set_blocked(self.tid, u64::MAX)?;
+        }
         sys::resume(self.tid, 0)?;
         self.position = Position::Agent;
         Ok(())
@@ -355,6 +344,9 @@ impl Tracee {
     /// would go on rightly if it were let go.
     pub fn put_back(&mut self, process: &Process) -> Result<(), TraceError> {
         if self.position == Position::Frozen {
+            if let Some(foothold) = self.foothold.take() {
+                let _ = process.write(RemotePtr(foothold.low), &foothold.saved);
+            }
             // The kernel restarts what it stopped, but for the calls that gave up.
             if restart::interrupted(&self.original) == Interrupted::GaveUp {
                 sys::set_general(self.tid, &self.ready)?;
@@ -369,17 +361,31 @@ impl Tracee {
             sys::resume(self.tid, 0)?;
             self.wait_interrupted()?;
         }
-        sys::set_xsave(self.tid, &self.xsave)?;
-        sys::set_blocked(self.tid, self.blocked)?;
-        let gave_up = restart::interrupted(&self.original) == Interrupted::GaveUp;
-        sys::set_general(self.tid, if gave_up { &self.ready } else { &self.original })?;
-        self.position = Position::Frozen;
+        self.put_back_registers()?;
         if let Some(foothold) = self.foothold.take() {
             // Below the stack pointer: the program does not look there, but nothing is to stay.
             let _ = process.write(RemotePtr(foothold.low), &foothold.saved);
         }
         Ok(())
     }
+
+    /// Puts back what it was found with, in a stop by an interrupt.
+    pub fn put_back_registers(&mut self) -> Result<(), TraceError> {
+        sys::set_xsave(self.tid, &self.xsave)?;
+        sys::set_blocked(self.tid, self.blocked)?;
+        let gave_up = restart::interrupted(&self.original) == Interrupted::GaveUp;
+        sys::set_general(self.tid, if gave_up { &self.ready } else { &self.original })?;
+        self.position = Position::Frozen;
+        Ok(())
+    }
+}
+
+/// Writes below a stack, which may have to grow for it.
+fn write(process: &Process, at: u64, bytes: &[u8]) -> Result<(), TraceError> {
+    if process.write(RemotePtr(at), bytes).is_err() {
+        process.force_write(RemotePtr(at), bytes)?;
+    }
+    Ok(())
 }
 
 /// Waits for the next stop of a tracee. Stops mostly come within microseconds.
