@@ -59,7 +59,7 @@ fn image(chosen: &[&Backend], directory: &Path, shell_job: bool) -> anyhow::Resu
         human::count(image.processes.len() + image.zombies.len(), "process", "processes"),
         human::size(resource::memory::page_bytes(image))
     ));
-    let options = RestoreOptions { shell_job };
+    let options = RestoreOptions { shell_job, ..RestoreOptions::default() };
     let mut verdict = Verdict::default();
     for (backend, restorer) in ready(chosen, |probe| &probe.restore, |backend| backend.restorer, &mut verdict) {
         let restorer: Box<dyn Restorer> = restorer();

@@ -52,7 +52,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
     sys::interrupt_on_signals();
     let reader = ckpt_formats::open(&verb.directory)?;
-    let options = RestoreOptions { shell_job: verb.shell_job };
+    let options = RestoreOptions { shell_job: verb.shell_job, detach: verb.detach };
     // A restore that fails gives its settings back.
     let terminal = if verb.shell_job { Terminal::open() } else { None };
     let mut bar = Bar::new();

@@ -96,6 +96,9 @@ pub struct FrozenProcess {
 #[derive(Clone, Debug, Default)]
 pub struct RestoreOptions {
     pub shell_job: bool,
+    /// ckpt ends when the tree runs. To the root of the tree that is not the end of its parent, which it may have asked to
+    /// be told (`PR_SET_PDEATHSIG`).
+    pub detach: bool,
 }
 
 /// Makes the empty process tree that the resources are rebuilt in.

@@ -100,7 +100,7 @@ fn rebuild(
         memory::finish(&mut **target, &process.memory)?;
     }
     // Only now that the slow part is done: timers run from here on.
-    for (target, process) in targets.iter_mut().zip(&image.processes) {
+    for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
         interruption()?;
         let initial = threads::ask_main(&mut **target).map_err(asked)?;
         let mut context = Rebuild {
@@ -111,7 +111,7 @@ fn rebuild(
             deferred: &mut Deferred::default(),
             resource: crate::resource::tasks::NAME,
         };
-        rebuild_process(&mut context, process)?;
+        rebuild_process(&mut context, process, index == 0)?;
     }
     Ok(())
 }
@@ -127,7 +127,7 @@ fn asked(error: DumpError) -> RestoreError {
 
 /// The settings of one process. Order matters: what needs privilege comes before the credentials, and signals are
 /// queued when their actions are set and those that came by building have been taken.
-fn rebuild_process(context: &mut Rebuild<'_>, process: &Process) -> Result<(), RestoreError> {
+fn rebuild_process(context: &mut Rebuild<'_>, process: &Process, is_root: bool) -> Result<(), RestoreError> {
     context.rebuild::<filesystem::ProcessFilesystem>(&process.filesystem)?;
     context.rebuild::<signals::ProcessSignals>(&process.signals)?;
     context.rebuild::<attributes::Attributes>(&process.attributes)?;
@@ -146,7 +146,7 @@ fn rebuild_process(context: &mut Rebuild<'_>, process: &Process) -> Result<(), R
     for (index, thread) in process.threads.iter().enumerate() {
         context.thread = index;
         context.rebuild::<credentials::ThreadCredentials>(&thread.credentials)?;
-        attributes::after_credentials(&thread.attributes, context)?;
+        attributes::after_credentials(&thread.attributes, is_root, context)?;
     }
     context.thread = 0;
     attributes::finish(&process.attributes, context)?;

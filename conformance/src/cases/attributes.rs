@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("attributes/robust-mutex", &["thread-attributes"], robust_mutex),
         Case::new("attributes/join", &["thread-attributes"], join),
         Case::new("attributes/death-of-the-parent", &["thread-attributes"], death_of_the_parent),
+        Case::new("attributes/end-of-the-restorer", &["thread-attributes"], end_of_the_restorer),
         Case::new("attributes/seccomp", &["attributes"], seccomp).refused_at_dump("seccomp"),
         Case::new("attributes/semaphore-undo", &["attributes"], semaphore_undo).refused_at_dump("SEM_UNDO"),
     ]
@@ -257,26 +258,15 @@ fn personality(checkpoint: &Checkpoint) -> Result<(), String> {
     )
 }
 
-/// (machine check policy, signal of the parent's death)
-fn settings_of_a_thread() -> Result<(i64, i32), String> {
-    let mut signal = 0i32;
-    prctl(libc::PR_GET_PDEATHSIG, [&raw mut signal as u64, 0, 0, 0])?;
-    Ok((prctl(libc::PR_MCE_KILL_GET, [0; 4])?, signal))
+fn machine_check_policy() -> Result<i64, String> {
+    prctl(libc::PR_MCE_KILL_GET, [0; 4])
 }
 
 fn of_threads(checkpoint: &Checkpoint) -> Result<(), String> {
     const EARLY: u64 = libc::PR_MCE_KILL_EARLY as u64;
     const LATE: u64 = libc::PR_MCE_KILL_LATE as u64;
     let set = |policy: u64| prctl(libc::PR_MCE_KILL, [libc::PR_MCE_KILL_SET as u64, policy, 0, 0]).map(drop);
-    threads(
-        checkpoint,
-        vec![
-            Box::new(move || set(EARLY)),
-            Box::new(move || set(LATE)),
-            Box::new(|| prctl(libc::PR_SET_PDEATHSIG, [libc::SIGCONT as u64, 0, 0, 0]).map(drop)),
-        ],
-        settings_of_a_thread,
-    )
+    threads(checkpoint, vec![Box::new(move || set(EARLY)), Box::new(move || set(LATE))], machine_check_policy)
 }
 
 const STORE_BYPASS: u64 = 0;
@@ -421,6 +411,12 @@ fn death_of_the_parent(checkpoint: &Checkpoint) -> Result<(), String> {
     // SAFETY: waits for whatever child there is.
     done("waitpid", unsafe { libc::waitpid(-1, &mut status, 0) })?;
     equal("wait status of the grandchild", 0, status)
+}
+
+/// The root of a tree that is restored by a ckpt which then ends: that is not its parent's end.
+fn end_of_the_restorer(checkpoint: &Checkpoint) -> Result<(), String> {
+    prctl(libc::PR_SET_PDEATHSIG, [libc::SIGKILL as u64, 0, 0, 0])?;
+    checkpoint.wait()
 }
 
 fn seccomp(checkpoint: &Checkpoint) -> Result<(), String> {

@@ -360,11 +360,14 @@ impl Resource for ThreadAttributes {
 }
 
 /// What a change of credentials takes from a thread.
-pub fn after_credentials(saved: &Thread, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
-    if saved.parent_death_signal == 0 && context.initial.parent_death_signal == 0 {
+///
+/// The root of a tree has ckpt for a parent. Where ckpt is about to end, the end of that parent must not be told it.
+pub fn after_credentials(saved: &Thread, is_root: bool, context: &mut Rebuild<'_>) -> Result<(), RestoreError> {
+    let wanted = if is_root && context.options.detach { 0 } else { saved.parent_death_signal };
+    if wanted == 0 && context.initial.parent_death_signal == 0 {
         return Ok(());
     }
     let mut batch = Batch::new();
-    batch.call(Sysno::prctl, args![PR_SET_PDEATHSIG, saved.parent_death_signal]);
+    batch.call(Sysno::prctl, args![PR_SET_PDEATHSIG, wanted]);
     context.section(ThreadAttributes::NAME).run(&batch).map(drop)
 }
