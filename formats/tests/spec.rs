@@ -161,6 +161,10 @@ impl Schema {
                 self.members(rule, None, members, "  ", text);
                 text.push_str("}\n");
             }
+            // serde writes a struct of one unnamed field as that field.
+            Content::Array(types) if types.len() == 1 => {
+                writeln!(text, " {}", self.cddl(&rule.kind, &types[0])).unwrap();
+            }
             Content::Array(types) => {
                 let types: Vec<_> = types.iter().map(|kind| self.cddl(&rule.kind, kind)).collect();
                 writeln!(text, " [{}]", types.join(", ")).unwrap();
