@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ckpt_conformance::case::{GO, OUTPUT, READY, VERDICT};
 use ckpt_conformance::isolation;
 use ckpt_conformance::visible::{Visible, numbers};
-use ckpt_conformance::worker::{Board, WINDOW};
+use ckpt_conformance::worker::{BOARD, Board, WINDOW};
 
 const USAGE: &str = "usage: ckpt-crash-trials [--trials N] [--restore-trials N] [--seed N] [--ckpt FILE]
 
@@ -349,11 +349,12 @@ fn dump_trials(options: &Options, random: &mut Random) -> Result<Tally, String> 
         fs::remove_dir_all(&place).map_err(|error| error.to_string())?;
         result
     };
-    let mut longest = Duration::ZERO;
+    let mut took = Vec::new();
     for _ in 0..MEASURED {
-        longest = longest.max(dump(&program, None)?.1);
+        took.push(dump(&program, None)?.1);
         program.goes_on()?;
     }
+    let longest = whole_length(took);
     let mut tally = Tally::new(options.trials, longest);
     let mut of_this_program = 0;
     while tally.done() < tally.wanted {
@@ -391,16 +392,21 @@ fn restore_trials(options: &Options, random: &mut Random) -> Result<Tally, Strin
         reap();
         !exists(program.root)
     })?;
-    let mut longest = Duration::ZERO;
+    // The board is memory and file at once: a restore wants it as it was at the dump.
+    let board = BoardAtDump::keep(&program.path(BOARD))?;
+    let mut took = Vec::new();
     for _ in 0..MEASURED {
-        longest = longest.max(run(options, &restore, &log)?);
+        board.put_back()?;
+        took.push(run(options, &restore, &log)?);
         program.goes_on()?;
         program.end();
     }
+    let longest = whole_length(took);
     let mut tally = Tally::new(options.restore_trials, longest);
     let (mut gone, mut running) = (0, 0);
     while tally.done() < tally.wanted {
         let instant = random.within(longest);
+        board.put_back()?;
         match run_and_kill(options, &restore, &log, instant) {
             Ok(false) => {
                 tally.too_late += 1;
@@ -425,10 +431,44 @@ fn restore_trials(options: &Options, random: &mut Random) -> Result<Tally, Strin
     }
     tally.remark = format!(": {gone} times nothing, {running} times all");
     // The image is as good as ever.
+    board.put_back()?;
     run(options, &restore, &log)?;
     program.goes_on()?;
     program.verdict()?;
     Ok(tally)
+}
+
+/// Up to here a run can be killed: a little more than the usual length, so that its end is met too. What is done before
+/// its instant comes does not count.
+fn whole_length(mut took: Vec<Duration>) -> Duration {
+    took.sort_unstable();
+    took[took.len() / 2].mul_f64(1.1)
+}
+
+/// The content of the board's file, and when it was written.
+struct BoardAtDump {
+    file: File,
+    content: Vec<u8>,
+    modified: SystemTime,
+}
+
+impl BoardAtDump {
+    fn keep(path: &Path) -> Result<BoardAtDump, String> {
+        let keep = || {
+            let file = File::options().read(true).write(true).open(path)?;
+            let modified = file.metadata()?.modified()?;
+            Ok(BoardAtDump { content: fs::read(path)?, modified, file })
+        };
+        keep().map_err(|error: std::io::Error| format!("{}: {error}", path.display()))
+    }
+
+    fn put_back(&self) -> Result<(), String> {
+        let put_back = || {
+            self.file.write_all_at(&self.content, 0)?;
+            self.file.set_modified(self.modified)
+        };
+        put_back().map_err(|error| format!("putting the board back: {error}"))
+    }
 }
 
 /// After a killed restore: true for all of the tree, running; false for nothing of it.
