@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,8 +90,10 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
     let agent_fd = RemoteFd(highest.map_or(3, |fd| fd + 1).max(3));
 
     let mut tree = SkeletonTree { targets: Vec::new(), region: region.clone(), released: false };
+    let mut our_ends = Vec::with_capacity(image.processes.len());
     for (process, &lane) in image.processes.iter().zip(&layout.lanes) {
         let (ours, theirs) = connection()?;
+        our_ends.push(ours.as_raw_fd());
         let pid = process.task.pid;
         let wait = Wait::Socket { ours, theirs: RemoteFd(theirs.as_raw_fd()) };
         let mut main = Channel::new(region.clone(), LaneKind::Main, lane, layout.base, pid, wait);
@@ -116,7 +118,7 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
             held: Some(theirs),
         }));
     }
-    spawn_root(&mut tree, image, &layout, &our_mappings)?;
+    spawn_root(&mut tree, image, &layout, &our_mappings, &our_ends)?;
     drop(fixed);
     spawn_descendants(&mut tree, image, &layout, 0)?;
     join_groups(&mut tree, image, &layout)?;
@@ -201,16 +203,19 @@ fn spawn_root(
     image: &Image,
     layout: &Layout,
     our_mappings: &[Mapping],
+    our_ends: &[RawFd],
 ) -> Result<(), RestoreError> {
     let task = &image.processes[0].task;
     let root = tree.target(0);
     let (low, size) = root.channels[0].stack();
-    sys::spawn_agent(task.pid, task.exit_signal, root.channels[0].entry(), root.channels[0].address(), low + size)
-        .map_err(|error| match error.raw_os_error() {
+    let (entry, lane) = (root.channels[0].entry(), root.channels[0].address());
+    sys::spawn_agent(task.pid, task.exit_signal, entry, lane, low + size, our_ends).map_err(|error| {
+        match error.raw_os_error() {
             Some(libc::EPERM) => RestoreError::NotPermitted { needs: crate::probe::RESTORE_NEEDS.into() },
             Some(libc::EEXIST) => failed(&format!("making process {}: the pid is in use", task.pid), error),
             _ => failed(&format!("making process {}", task.pid), error),
-        })?;
+        }
+    })?;
     drop(root.open()?);
     // It has our registration for rseq, at an address of ours.
     let rseq = rseq_of(task.pid).map_err(|error| failed("looking at the root of the skeleton", error))?;

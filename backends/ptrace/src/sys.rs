@@ -5,7 +5,7 @@
 //! a tracee.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
 
@@ -212,8 +212,16 @@ const _: () = assert!(size_of::<CloneArguments>() == 88);
 
 /// Makes a child with a chosen pid that runs nothing but the agent, from its first instruction after `clone3`.
 ///
-/// The region has to be mapped, at the address that `entry` and `lane` are in.
-pub fn spawn_agent(pid: Pid, exit_signal: i32, entry: u64, lane: u64, stack_top: u64) -> io::Result<()> {
+/// The region has to be mapped, at the address that `entry` and `lane` are in. The child closes `our_ends` first: with a
+/// copy of our end of its socket, it would not see that we are gone, should we be killed now.
+pub fn spawn_agent(
+    pid: Pid,
+    exit_signal: i32,
+    entry: u64,
+    lane: u64,
+    stack_top: u64,
+    our_ends: &[RawFd],
+) -> io::Result<()> {
     let set_tid = pid.0;
     let arguments = CloneArguments {
         exit_signal: exit_signal as u64,
@@ -230,6 +238,10 @@ pub fn spawn_agent(pid: Pid, exit_signal: i32, entry: u64, lane: u64, stack_top:
     // SAFETY: without CLONE_VM and a stack, this is fork: the child has a copy of our memory, and leaves it at once.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArguments>()) };
     if result == 0 {
+        for &fd in our_ends {
+            // SAFETY: numbers in the child's own table; a system call and nothing else.
+            unsafe { libc::syscall(libc::SYS_close, fd) };
+        }
         // SAFETY: the region is mapped with the agent's code at `entry`, and the stack belongs to the lane. Nothing of ours
         // runs in the child, so that it does not matter in what state our copy of the memory is.
         unsafe {
