@@ -171,7 +171,7 @@ impl Facts {
                 && name.starts_with('#')
                 && name.ends_with(" (deleted)")
             {
-                link = format!("{directory}/{}", self.name_nameless(&format!("nameless:{name}")));
+                link = format!("{directory}/{} (deleted)", self.name_nameless(&format!("nameless:{name}")));
             }
             let info = read(&dir.join(format!("fdinfo/{fd}")));
             let field = |name| info.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("?").trim();

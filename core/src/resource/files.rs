@@ -690,7 +690,8 @@ fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFl
     if linkat(AT_FDCWD, link.as_str(), parent, name, AtFlags::AT_SYMLINK_FOLLOW).is_err() {
         return Ok(None);
     }
-    let named = openat(parent, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty());
+    // Not with O_NOFOLLOW, which the file would keep among its flags.
+    let named = openat(parent, name, flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty());
     let ours = nix::sys::stat::fstat(file)?;
     let is_ours = |stat: FileStat| (ours.st_dev, ours.st_ino) == (stat.st_dev, stat.st_ino);
     // Somebody may have put another file there meanwhile: that one is not removed.
