@@ -3,7 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
 
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{LocalFlags, SetArg, SpecialCharacterIndices, tcgetattr, tcsetattr};
 
 use crate::case::{Case, Checkpoint};
@@ -11,7 +13,7 @@ use crate::expect::{equal, that};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("terminals/job", &["terminals"], job).shell_job(),
+        Case::new("terminals/job", &["terminals"], job).shell_job().after_dump(reset),
         Case::new("terminals/by-dev-tty", &["terminals"], by_dev_tty).shell_job(),
         Case::new("terminals/pair", &["terminals"], pair).refused_at_dump("pseudoterminal"),
     ]
@@ -51,6 +53,19 @@ fn job(checkpoint: &Checkpoint) -> Verdict {
     tcsetattr(input, SetArg::TCSANOW, &before).map_err(failed("tcsetattr"))?;
     // SAFETY: takes a descriptor.
     that("it is still a terminal", unsafe { libc::isatty(0) } == 1)
+}
+
+/// As a shell does when a job of its terminal has ended.
+fn reset(_dir: &Path) {
+    let terminal = OpenOptions::new().read(true).write(true).open("/dev/tty").expect("the suite has a terminal");
+    let mut settings = tcgetattr(&terminal).expect("it is a terminal");
+    settings.local_flags |= LocalFlags::ECHO | LocalFlags::ICANON;
+    settings.control_chars[SpecialCharacterIndices::VMIN as usize] = 1;
+    // In the background this would stop us.
+    let stop = SigSet::from(Signal::SIGTTOU);
+    stop.thread_block().expect("a signal that can be blocked");
+    tcsetattr(&terminal, SetArg::TCSANOW, &settings).expect("settings that it had");
+    stop.thread_unblock().expect("it was blocked");
 }
 
 fn by_dev_tty(checkpoint: &Checkpoint) -> Verdict {

@@ -1068,3 +1068,26 @@ fn place_shared(context: &mut RebuildFile<'_>, file: usize, process: usize, fd: 
     places.push((process, RemoteFd(numbers[0].fd)));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo() {
+        let text =
+            "pos:\t12\nflags:\t02100002\nmnt_id:\t27\nino:\t99\nlock:\t1: FLOCK  ADVISORY  WRITE 9 00:13:99 0 EOF\n";
+        let info = FdInfo::parse(text).unwrap();
+        assert_eq!((info.position, info.mount, info.inode), (12, 27, 99));
+        assert_eq!(info.flags, libc::O_RDWR | libc::O_CLOEXEC | 0o100000);
+        assert_eq!(info.field("lock"), Some("1: FLOCK  ADVISORY  WRITE 9 00:13:99 0 EOF"));
+        assert_eq!(info.field("eventfd-count"), None);
+    }
+
+    #[test]
+    fn fdinfo_that_is_none() {
+        for text in ["pos:\tx\n", "flags:\t9\n", "ino:\t-1\n"] {
+            assert_eq!(FdInfo::parse(text), None, "{text:?}");
+        }
+    }
+}

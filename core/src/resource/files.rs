@@ -701,3 +701,85 @@ fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFl
     let named = named?;
     Ok(is_ours(nix::sys::stat::fstat(&named)?).then_some(named))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REGULAR: u32 = libc::S_IFREG;
+
+    fn identity(inode: u64, size: u64, modified: i64) -> Identity {
+        Identity { device: 1, inode, size, modified }
+    }
+
+    #[test]
+    fn what_is_still_the_same_file() {
+        use Expect::{Present, SameContent, SameFile};
+        let saved = identity(7, 100, 1000);
+        let rows = [
+            // now, expected, comparable inodes -> the same?
+            (identity(7, 100, 1000), SameContent, true, true),
+            (identity(7, 100, 1001), SameContent, true, false),
+            (identity(7, 101, 1000), SameContent, true, false),
+            (identity(8, 100, 1000), SameContent, true, false),
+            (identity(8, 100, 1000), SameContent, false, true),
+            (identity(7, 101, 1001), SameFile, true, true),
+            (identity(7, 99, 1001), SameFile, true, false),
+            (identity(8, 101, 1001), SameFile, true, false),
+            (identity(8, 101, 1001), SameFile, false, true),
+            (identity(8, 101, 999), SameFile, false, false),
+            // utimes may set any time; the inode says that it is the same
+            (identity(7, 101, 999), SameFile, true, true),
+            (identity(8, 1, 1), Present, true, true),
+        ];
+        for (now, expect, comparable, same) in rows {
+            let difference = saved.difference_to(&now, REGULAR, REGULAR, expect, comparable);
+            assert_eq!(difference.is_none(), same, "{now:?} {expect:?} {comparable}: {difference:?}");
+        }
+        let difference = saved.difference_to(&saved, libc::S_IFIFO, REGULAR, Present, true);
+        assert_eq!(difference.as_deref(), Some("it was a regular file, and now there is a FIFO"));
+    }
+
+    #[test]
+    fn no_image_can_have_a_file_made_or_cut() {
+        let flags = reopen_flags(-1 & !TMPFILE_BIT);
+        assert_eq!(flags & (libc::O_CREAT | libc::O_TRUNC | libc::O_EXCL | TMPFILE_BIT | libc::O_ASYNC), 0);
+        assert_eq!(reopen_flags(libc::O_TMPFILE | libc::O_RDWR) & (TMPFILE_BIT | libc::O_DIRECTORY), 0);
+        assert_eq!(reopen_flags(libc::O_DIRECTORY) & libc::O_DIRECTORY, libc::O_DIRECTORY);
+        assert_eq!(reopen_flags(0) & (libc::O_NOCTTY | libc::O_CLOEXEC), libc::O_NOCTTY | libc::O_CLOEXEC);
+    }
+
+    #[test]
+    fn a_file_is_found_by_identity_and_not_by_text() {
+        let directory = std::env::temp_dir().join(format!("ckpt-files-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let locate = |file: &StdFile| {
+            let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+            locate(link.as_os_str(), &nix::sys::stat::fstat(file).unwrap())
+        };
+        let create = |name: &str| {
+            let path = directory.join(name);
+            (StdFile::create(&path).unwrap(), path)
+        };
+        let (odd, odd_path) = create("x (deleted)");
+        assert_eq!(locate(&odd), Located::Path(odd_path.clone()));
+        let (plain, plain_path) = create("x");
+        std::fs::remove_file(&plain_path).unwrap();
+        assert_eq!(locate(&plain), Located::Deleted);
+        let (linked, linked_path) = create("linked");
+        std::fs::hard_link(&linked_path, directory.join("other")).unwrap();
+        std::fs::remove_file(&linked_path).unwrap();
+        assert_eq!(locate(&linked), Located::Path(directory.join("other")));
+        std::fs::create_dir(directory.join("inner")).unwrap();
+        std::fs::rename(directory.join("other"), directory.join("inner/other")).unwrap();
+        assert!(matches!(locate(&linked), Located::Elsewhere(_)));
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn processes_in_paths() {
+        assert_eq!(proc_pid(Path::new("/proc/12/status")), Some(12));
+        assert_eq!(proc_pid(Path::new("/proc/sys/kernel/12")), None);
+        assert_eq!(proc_pid(Path::new("/proc")), None);
+    }
+}
