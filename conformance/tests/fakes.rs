@@ -360,6 +360,10 @@ impl Target for FakeTarget {
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
         self.peek().compare(kind, mine, other, theirs)
     }
+
+    fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError> {
+        self.peek().file_of_handle(mount, kind, handle)
+    }
     fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
         let mut runs = self.inner().private_pages(start, end)?;
         // Single pages with zeros between them are those of the case.
@@ -425,6 +429,9 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn compare(&self, _: Kcmp, _: u64, _: Pid, _: u64) -> Result<Ordering, TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn file_of_handle(&self, _: BorrowedFd<'_>, _: i32, _: &[u8]) -> Result<OwnedFd, TargetError> {
         unreachable!("a borrowed target")
     }
     fn private_pages(&mut self, _: u64, _: u64) -> Result<Vec<PageRun>, TargetError> {

@@ -205,6 +205,10 @@ pub trait Target: Send + std::any::Any {
     /// Orders two kernel objects by identity (`kcmp`): equal means that they are one.
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError>;
 
+    /// Opens (`O_PATH`) the file that a handle of a mounted file system stands for, with our own privileges
+    /// (`open_by_handle_at`, which takes CAP_DAC_READ_SEARCH). `mount` is any file of that file system.
+    fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError>;
+
     /// Which pages in `start..end` hold data that only the process's own page table leads to: anonymous pages,
     /// present or swapped, and copied pages of private file mappings; not the zero page. (`PAGEMAP_SCAN`)
     fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError>;

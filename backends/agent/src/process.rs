@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::{Kcmp, PAGE_SIZE, PageRun, Pid, RemoteFd, RemotePtr, TargetError};
@@ -78,6 +78,11 @@ impl Process {
         };
         let order = sys::kcmp(self.pid.0, other.0, number, mine, theirs);
         order.map(ordering).map_err(|source| self.error("kcmp", source))
+    }
+
+    /// See [`ckpt_core::Target::file_of_handle`].
+    pub fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError> {
+        sys::open_by_handle(mount, kind, handle).map_err(|source| self.error("open_by_handle_at", source))
     }
 
     /// See [`ckpt_core::Target::private_pages`].

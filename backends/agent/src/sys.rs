@@ -150,6 +150,20 @@ pub fn kcmp(pid1: i32, pid2: i32, kind: i32, index1: u64, index2: u64) -> io::Re
     check(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, kind, index1, index2) })
 }
 
+/// `open_by_handle_at` with `O_PATH`.
+pub fn open_by_handle(mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> io::Result<OwnedFd> {
+    // struct file_handle: the number of bytes, the type, and the bytes
+    let mut bytes = (handle.len() as u32).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(handle);
+    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let mount = mount.as_raw_fd();
+    // SAFETY: the handle is as long as it says, and is only read.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_by_handle_at, mount, bytes.as_ptr(), flags) })?;
+    // SAFETY: a new descriptor, which nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
 /// `KCMP_EPOLL_TFD`: `slot` is `struct kcmp_epoll_slot`, the numbers of the epoll and of its entry, and an offset.
 pub fn kcmp_epoll(pid1: i32, pid2: i32, file: u64, slot: [u32; 3]) -> io::Result<i64> {
     const KCMP_EPOLL_TFD: i32 = 7;

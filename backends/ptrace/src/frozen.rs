@@ -329,6 +329,10 @@ impl Target for FrozenTarget {
         self.process.compare(kind, mine, other, theirs)
     }
 
+    fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError> {
+        self.process.file_of_handle(mount, kind, handle)
+    }
+
     fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
         self.process.private_pages(start, end)
     }

@@ -13,6 +13,7 @@ mod fifos;
 mod files;
 mod filesystem;
 mod inet_sockets;
+mod inotify;
 mod limits;
 mod locks;
 mod memory;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Case> {
         files::cases,
         filesystem::cases,
         inet_sockets::cases,
+        inotify::cases,
         limits::cases,
         locks::cases,
         memory::cases,

@@ -209,6 +209,7 @@ file_kinds! {
     Epoll: super::epoll::Epolls,
     Eventfd: super::eventfd::Eventfds,
     InetSocket: super::inet_sockets::InetSockets,
+    Inotify: super::inotify::Inotifies,
     Signalfd: super::signalfd::Signalfds,
     Timerfd: super::timerfd::Timerfds,
     UnixSocket: super::unix_sockets::UnixSockets,

@@ -13,6 +13,7 @@ pub mod fifos;
 pub mod files;
 pub mod filesystem;
 pub mod inet_sockets;
+pub mod inotify;
 pub mod limits;
 pub mod locks;
 pub mod memfds;

@@ -1,7 +1,8 @@
 //! Descriptor tables and open file descriptions.
 
 use crate::v1::{
-    devices, epoll, eventfd, fifos, files, inet_sockets, memfds, pipes, signalfd, terminals, timerfd, unix_sockets,
+    devices, epoll, eventfd, fifos, files, inet_sockets, inotify, memfds, pipes, signalfd, terminals, timerfd,
+    unix_sockets,
 };
 use crate::wire::{wire_enum, wire_struct};
 
@@ -47,6 +48,7 @@ wire_enum! {
         Epoll(epoll::EpollV1),
         Eventfd(eventfd::EventfdV1),
         InetSocket(inet_sockets::InetSocketV1),
+        Inotify(inotify::InotifyV1),
         Signalfd(signalfd::SignalfdV1),
         Timerfd(timerfd::TimerfdV1),
         UnixSocket(unix_sockets::UnixSocketV1),

@@ -25,6 +25,7 @@ pub mod files;
 pub mod filesystem;
 pub mod host;
 pub mod inet_sockets;
+pub mod inotify;
 pub mod limits;
 pub mod locks;
 pub mod memfds;
