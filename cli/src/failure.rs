@@ -31,8 +31,19 @@ plain_error!(Usage, Refused);
 
 /// Prints an error, a line for each reason, and gives the exit code that says what kind it is.
 pub fn report(error: &anyhow::Error) -> ExitCode {
-    line(&format!("{error:#}"));
+    line(&in_full(error));
     ExitCode::from(code(error))
+}
+
+/// An error and its causes, but those that it has in its own words already.
+fn in_full(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
 }
 
 /// For what was found wrong in the command line itself.
@@ -92,6 +103,14 @@ pub fn contain(verb: impl FnOnce() -> anyhow::Result<ExitCode>) -> anyhow::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
+        let store = StoreError::Io { path: "i".into(), what: "cannot be opened", source: missing };
+        let error = anyhow::Error::from(store).context("showing it");
+        assert_eq!(in_full(&error), "showing it: i: cannot be opened: No such file or directory (os error 2)");
+    }
 
     #[test]
     fn kinds_of_errors_have_their_codes() {

@@ -196,15 +196,19 @@ fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec
             if shared { format!(", shared as file {id}") } else { String::new() },
         ));
     }
+    // Most processes of a tree are alike in these, and most threads: what is as in the first is not said again.
+    let root = &whole["processes"][0];
+    let is_root = std::ptr::eq(root, json);
     for section in ["filesystem", "signals", "timers", "limits", "attributes"] {
-        state(section, &json[section], &mut lines);
+        if is_root || json[section] != root[section] {
+            state(section, &json[section], &mut lines);
+        }
     }
     for (number, thread) in process.threads.iter().enumerate() {
         lines.push(thread_heading(process, thread));
         for section in ["signals", "credentials", "scheduling", "attributes"] {
             let inner = &json["threads"][number][section];
-            // Most threads are as the main one is in this.
-            if number == 0 || *inner != json["threads"][0][section] {
+            if is_root && number == 0 || *inner != root["threads"][0][section] {
                 state(&format!("  {section}"), inner, &mut lines);
             }
         }
@@ -213,6 +217,7 @@ fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec
 }
 
 fn thread_heading(process: &Process, thread: &Thread) -> String {
+    let name = String::from_utf8_lossy(&thread.attributes.name);
     let main = if thread.tid == process.task.pid { " (main)" } else { "" };
     let at = thread.context.registers.general.rip;
     let place = process.memory.mappings.iter().find(|mapping| (mapping.start..mapping.end).contains(&at));
@@ -221,7 +226,7 @@ fn thread_heading(process: &Process, thread: &Thread) -> String {
         Some(Source::Vdso) => " in the vdso".into(),
         _ => String::new(),
     };
-    format!("thread {}{main} at {at:#x}{place}", thread.tid)
+    format!("thread {} {name}{main} at {at:#x}{place}", thread.tid)
 }
 
 /// Mappings by kind: number, size, saved size.
@@ -305,17 +310,27 @@ fn first_value(value: &Value) -> &Value {
     }
 }
 
+/// A variant with content: its name and that.
+fn variant(fields: &serde_json::Map<String, Value>) -> Option<(&str, &Value)> {
+    let (name, content) = fields.iter().next()?;
+    (fields.len() == 1 && name.starts_with(char::is_uppercase)).then_some((name, content))
+}
+
 /// A value in words: what is zero, false or empty is left out.
 fn describe(value: &Value) -> String {
     match value {
         Value::Object(fields) => {
+            if let Some((name, content)) = variant(fields) {
+                let content = describe(content);
+                // A path says itself what it is.
+                return if content.starts_with('/') { content } else { format!("{} {content}", words(name)) };
+            }
             let mut said: Vec<String> = Vec::new();
             for (field, value) in fields {
                 match (field.as_str(), value) {
                     // What it is called comes first, and needs no word before it.
                     ("path" | "name", Value::String(text)) if !text.is_empty() => said.insert(0, text.clone()),
-                    // Only a restore wants to know.
-                    ("identity", _) => {}
+                    ("place", Value::Object(_)) => said.insert(0, describe(value)),
                     _ => said.extend(self::said(field, value)),
                 }
             }
@@ -333,21 +348,162 @@ fn describe(value: &Value) -> String {
     }
 }
 
+/// `close_on_exec` or `Listening` as a person writes it.
+fn words(name: &str) -> String {
+    name.replace('_', " ").to_lowercase()
+}
+
+/// Fields that say nothing in almost every program, with the value that they have there.
+const USUAL: [(&str, u64); 4] =
+    [("timer_slack", 50_000), ("core_dump_filter", 0x33), ("dumpable", 1), ("file_type", libc::S_IFREG as u64)];
+
+/// A field in words, unless it says nothing.
 fn said(field: &str, value: &Value) -> Option<String> {
-    let field = field.replace('_', " ");
-    match value {
-        Value::Null | Value::Bool(false) => None,
-        Value::Bool(true) => Some(field),
-        Value::Number(number) if number.as_u64() == Some(0) => None,
-        Value::Array(list) if list.is_empty() => None,
-        Value::String(text) if text.is_empty() || text == "hex:" => None,
-        Value::String(text) if text.strip_prefix("hex:").is_some_and(|rest| rest.bytes().all(|byte| byte == b'0')) => {
+    let name = words(field);
+    let number = value.as_u64();
+    if USUAL.iter().any(|(usual, at)| *usual == field && Some(*at) == number) {
+        return None;
+    }
+    match (field, value) {
+        // Only a restore wants to know.
+        ("identity" | "restorer" | "clear_child_tid" | "robust_list" | "runtime" | "domain", _) => None,
+        // Said elsewhere: in the path, in the heading of the thread.
+        ("major" | "minor" | "name", _) => None,
+        ("cpuid" | "time_stamp_counter", Value::Bool(true)) => None,
+        ("actions", Value::Array(actions)) => reactions(actions),
+        ("limits", Value::Array(limits)) => Some(bounds(limits)).filter(|text| !text.is_empty()),
+        ("umask" | "mode", _) if field == "umask" || number? > 0 => Some(format!("{name} {:03o}", number?)),
+        // The end of the pipe that has its content.
+        ("first", _) => Some(format!("pipe {}", number?)),
+        ("buffer", Value::Object(buffer)) => {
+            let parts = buffer.get("data").and_then(Value::as_array);
+            let bytes: usize = parts.into_iter().flatten().map(|part| length(&part["bytes"])).sum();
+            let size = buffer.get("size").and_then(Value::as_u64).unwrap_or(0);
+            Some(format!("{} of {} full", human::size(bytes as u64), human::size(size)))
+        }
+        ("local" | "remote", Value::Array(_)) => socket_address(value).map(|address| format!("{name} {address}")),
+        ("protocol", _) => match number? {
+            6 => Some("TCP".into()),
+            17 => Some("UDP".into()),
+            other => Some(format!("protocol {other}")),
+        },
+        ("address", Value::Number(_)) => Some(format!("{name} {:#x}", number?)),
+        ("intervals", Value::Array(intervals)) => {
+            let names = ["real", "virtual", "prof"];
+            let running = names.iter().zip(intervals).filter(|(_, timer)| timer["remaining"].as_u64() != Some(0));
+            let said: Vec<String> = running.map(|(name, timer)| format!("{name} ({})", describe(timer))).collect();
+            (!said.is_empty()).then(|| said.join(", "))
+        }
+        ("remaining" | "period" | "interval", Value::Number(_)) if number? > 0 => {
+            Some(format!("{name} {}", human::duration(std::time::Duration::from_nanos(number?))))
+        }
+        ("blocked" | "mask" | "signals", Value::Number(_)) if number? > 0 => {
+            let all = (1..=64).filter(|signal| number.unwrap_or(0) >> (signal - 1) & 1 == 1);
+            Some(format!("{name} {}", all.map(signal_name).collect::<Vec<_>>().join(" ")))
+        }
+        (
+            "bounding" | "effective" | "permitted" | "inheritable" | "ambient" | "handler" | "personality"
+            | "securebits",
+            Value::Number(_),
+        ) if number? > 0 => Some(format!("{name} {:#x}", number?)),
+        (_, Value::Null | Value::Bool(false)) => None,
+        (_, Value::Bool(true)) => Some(name),
+        (_, Value::Number(_)) if number == Some(0) => None,
+        (_, Value::Array(list)) if list.iter().all(Value::is_null) => None,
+        (_, Value::String(text)) if text.is_empty() || text == "hex:" => None,
+        (_, Value::String(text))
+            if text.strip_prefix("hex:").is_some_and(|rest| rest.bytes().all(|byte| byte == b'0')) =>
+        {
             None
         }
-        Value::Object(_) | Value::Array(_) => {
+        (_, Value::Object(_) | Value::Array(_)) => {
             let inner = describe(value);
-            (!inner.is_empty()).then(|| format!("{field} ({inner})"))
+            if inner.starts_with('/') {
+                return Some(format!("{name} {inner}"));
+            }
+            (!inner.is_empty()).then(|| format!("{name} ({inner})"))
         }
-        _ => Some(format!("{field} {}", describe(value))),
+        _ => Some(format!("{name} {}", describe(value))),
     }
+}
+
+/// Bytes of a byte string.
+fn length(value: &Value) -> usize {
+    let text = value.as_str().unwrap_or("");
+    text.strip_prefix("hex:").map_or(text.len(), |digits| digits.len() / 2)
+}
+
+/// `[address, port, flow label, scope]`.
+fn socket_address(value: &Value) -> Option<std::net::SocketAddr> {
+    let text = value.get(0)?.as_str()?;
+    let bytes: Vec<u8> = match text.strip_prefix("hex:") {
+        Some(digits) => (0..digits.len() / 2)
+            .map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16))
+            .collect::<Result<_, _>>()
+            .ok()?,
+        None => text.as_bytes().to_vec(),
+    };
+    let address = match (<[u8; 4]>::try_from(bytes.as_slice()), <[u8; 16]>::try_from(bytes.as_slice())) {
+        (Ok(bytes), _) => std::net::IpAddr::from(bytes),
+        (_, Ok(bytes)) => std::net::IpAddr::from(bytes),
+        _ => return None,
+    };
+    Some((address, value.get(1)?.as_u64()?.try_into().ok()?).into())
+}
+
+/// Signals by what becomes of them.
+fn reactions(actions: &[Value]) -> Option<String> {
+    let named = |ignored: bool| {
+        let chosen = actions.iter().filter(|action| (action["handler"].as_u64() == Some(1)) == ignored);
+        let names: Vec<String> = chosen.filter_map(|action| Some(signal_name(action["signal"].as_u64()?))).collect();
+        names.join(" ")
+    };
+    let (caught, ignored) = (named(false), named(true));
+    let said: Vec<String> = [("caught", caught), ("ignored", ignored)]
+        .into_iter()
+        .filter(|(_, names)| !names.is_empty())
+        .map(|(what, names)| format!("{what} {names}"))
+        .collect();
+    (!said.is_empty()).then(|| said.join(", "))
+}
+
+fn signal_name(number: u64) -> String {
+    match i32::try_from(number).ok().and_then(|number| nix::sys::signal::Signal::try_from(number).ok()) {
+        Some(signal) => signal.as_str().trim_start_matches("SIG").to_string(),
+        None => number.to_string(),
+    }
+}
+
+/// The limits that are limits, in the order of `RLIMIT_*` (asm-generic/resource.h).
+fn bounds(limits: &[Value]) -> String {
+    const NAMES: [&str; 16] = [
+        "cpu",
+        "fsize",
+        "data",
+        "stack",
+        "core",
+        "rss",
+        "nproc",
+        "nofile",
+        "memlock",
+        "as",
+        "locks",
+        "sigpending",
+        "msgqueue",
+        "nice",
+        "rtprio",
+        "rttime",
+    ];
+    let text = |value: &Value| match value.as_u64() {
+        Some(u64::MAX) => "unlimited".to_string(),
+        other => other.unwrap_or(0).to_string(),
+    };
+    let limited = NAMES.iter().zip(limits).filter(|(_, limit)| limit["soft"].as_u64() != Some(u64::MAX));
+    let said: Vec<String> = limited
+        .map(|(name, limit)| {
+            let (soft, hard) = (text(&limit["soft"]), text(&limit["hard"]));
+            if soft == hard { format!("{name} {soft}") } else { format!("{name} {soft} of {hard}") }
+        })
+        .collect();
+    said.join(", ")
 }
