@@ -52,9 +52,7 @@ impl ProcDir {
 
     /// The whole content of a file of it.
     pub fn read(&self, name: impl AsRef<Path>) -> io::Result<Vec<u8>> {
-        let mut content = Vec::with_capacity(4096);
-        self.file(name)?.read_to_end(&mut content)?;
-        Ok(content)
+        read_whole(self.file(name)?)
     }
 
     /// The same as text; /proc escapes what is not text, but for names that programs choose.
@@ -116,6 +114,31 @@ impl ProcDir {
         }
         Ok(children)
     }
+}
+
+/// The content of a file of `/proc`, whose size and place in it need not be asked first.
+fn read_whole(mut file: File) -> io::Result<Vec<u8>> {
+    let mut content = vec![0; 4096];
+    let mut length = 0;
+    loop {
+        if length == content.len() {
+            content.resize(2 * length, 0);
+        }
+        match file.read(&mut content[length..]) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    content.truncate(length);
+    Ok(content)
+}
+
+/// A file of the directory that every thread has in `/proc` itself, where it is not listed.
+pub fn of_thread(tid: Pid, name: &str) -> io::Result<String> {
+    let content = read_whole(File::open(format!("/proc/{tid}/{name}"))?)?;
+    Ok(String::from_utf8_lossy(&content).into_owned())
 }
 
 fn invalid(what: &str, pid: Pid) -> io::Error {

@@ -9,7 +9,7 @@ use crate::args;
 use crate::batch::{Batch, CallId, Replies, Slot, Sysno};
 use crate::error::DumpError;
 use crate::ourselves::ourselves;
-use crate::procfs::{Stat, Status};
+use crate::procfs::{self, Stat, Status};
 use crate::target::{Pid, RemotePtr, Target};
 
 /// What is known of one thread.
@@ -163,8 +163,8 @@ fn ask_one(
         u32::from_str_radix(text.trim(), 16).ok()
     });
     let timer_slack = first.and_then(|_| {
-        // Not among the files of a thread, but every thread has a directory of its own that is only not listed.
-        std::fs::read_to_string(format!("/proc/{tid}/timerslack_ns")).ok()?.trim().parse().ok()
+        // Not among the files of a thread in /proc/PID/task.
+        procfs::of_thread(tid, "timerslack_ns").ok()?.trim().parse().ok()
     });
 
     let mut batch = Batch::new();
