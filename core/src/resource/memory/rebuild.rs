@@ -83,7 +83,8 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
     let mut special = special.iter();
     let mut mapper = Mapper { target, batch: Batch::new(), open: HashMap::new(), checks: Vec::new() };
     for mapping in &memory.mappings {
-        if !mapper.batch.has_room(8, 8192) {
+        // With the files that are closed at its end.
+        if !mapper.batch.has_room(8 + mapper.open.len(), 8192) {
             mapper.run()?;
         }
         if matches!(mapping.source, Source::Vdso | Source::Vvar) {
@@ -113,7 +114,7 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
         );
     }
     for fd in passed.values() {
-        if !mapper.batch.has_room(1, 0) {
+        if !mapper.batch.has_room(1 + mapper.open.len(), 0) {
             mapper.run()?;
         }
         mapper.batch.call(Sysno::close, args![*fd]);
