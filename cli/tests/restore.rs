@@ -8,10 +8,9 @@ use ckpt_core::Pid;
 use ckpt_core::procfs::ProcDir;
 use common::*;
 
-/// Dumps a shell script that has said that it is ready, and is gone then.
-fn dumped_script(workshop: &Workshop, script: &str) -> Pid {
-    let script = format!("echo $$ >ready.new; mv ready.new ready; {script}");
-    let mut shell = Companion::shell(&script, workshop.path());
+/// Dumps a shell script, after its `first` part and in the middle of the `second`; it is gone then.
+fn dumped_script(workshop: &Workshop, first: &str, second: &str) -> Pid {
+    let mut shell = Companion::shell(&format!("{first}; true >ready; {second}"), workshop.path());
     wait_until("the script is ready", || workshop.path().join("ready").exists());
     run(&mut dump(shell.pid(), &workshop.image(), &[])).assert_done();
     assert!(!shell.0.wait().unwrap().success(), "it was killed");
@@ -31,7 +30,7 @@ const UNTIL_TOLD: &str = "while [ ! -e go ]; do sleep 0.01; done";
 fn it_ends_with_the_status_of_the_tree() {
     for code in [0, 1, 3, 7] {
         let workshop = Workshop::new();
-        let pid = dumped_script(&workshop, &format!("{UNTIL_TOLD}; exit {code}"));
+        let pid = dumped_script(&workshop, "true", &format!("{UNTIL_TOLD}; exit {code}"));
         let running = start(&mut stay(&workshop, &["--pidfile", "pid"]));
         wait_until("the pid file is there", || workshop.path().join("pid").exists());
         wait_until("it is back", || ProcDir::open(pid).is_ok());
@@ -48,10 +47,11 @@ fn it_ends_with_the_status_of_the_tree() {
 #[test]
 fn it_ends_by_the_signal_that_the_tree_ended_by() {
     let workshop = Workshop::new();
-    let pid = dumped_script(&workshop, "while :; do sleep 0.01; done");
-    let running = start(&mut stay(&workshop, &["--pidfile", "pid"]));
-    wait_until("the pid file is there", || workshop.path().join("pid").exists());
-    wait_until("it is back", || ProcDir::open(pid).is_ok());
+    let pid = dumped_script(&workshop, "true", "while :; do printf x >>beats; sleep 0.01; done");
+    let beats = || fs::metadata(workshop.path().join("beats")).map_or(0, |metadata| metadata.len());
+    let before = beats();
+    let running = start(&mut stay(&workshop, &[]));
+    wait_until("it goes on", || beats() > before);
     kill(pid, libc::SIGKILL);
     assert_eq!(running.wait().signal(), Some(libc::SIGKILL));
 }
@@ -61,7 +61,8 @@ fn signals_are_passed_on() {
     let workshop = Workshop::new();
     let pid = dumped_script(
         &workshop,
-        "trap 'echo usr1 >>got' USR1; trap 'echo term >>got; exit 9' TERM; while :; do sleep 0.01; done",
+        "trap 'echo usr1 >>got' USR1; trap 'echo term >>got; exit 9' TERM",
+        "while :; do sleep 0.01; done",
     );
     let running = start(&mut stay(&workshop, &["--pidfile", "pid"]));
     let ckpt = Pid(running.child.id() as i32);
@@ -86,7 +87,7 @@ fn a_failed_restore_leaves_no_pid_file() {
 #[test]
 fn an_existing_pid_file_stops_a_restore() {
     let workshop = Workshop::new();
-    let pid = dumped_script(&workshop, UNTIL_TOLD);
+    let pid = dumped_script(&workshop, "true", UNTIL_TOLD);
     fs::write(workshop.path().join("pid"), "17\n").unwrap();
     run(&mut stay(&workshop, &["--pidfile", "pid"])).assert_error(FAILED, &["pid file", "exists"]);
     assert!(ProcDir::open(pid).is_err(), "something of the tree runs");
