@@ -18,6 +18,8 @@ use crate::trial;
 
 /// The exit code where nothing failed, but this host kept something from being tried.
 const SKIPPED: u8 = 77;
+/// As the standard test runner has it.
+const FAILED: u8 = 101;
 
 /// What became of a cell.
 #[derive(Clone, Debug, Serialize)]
@@ -68,19 +70,7 @@ pub fn main(cases: &[Case], backends: &[&'static Backend], subject: &Path, files
             return ExitCode::FAILURE;
         }
     }
-    if report.count("passed") + report.count("failed") == 0 {
-        println!("conformance: nothing was tried, which is a failure");
-    } else if report.count("failed") == 0 && report.count("skipped") > 0 {
-        println!("conformance: nothing failed, but a skip is no pass; CKPT_ALLOW_SKIPS=1 accepts the skips above");
-    }
-    let accepted = std::env::var("CKPT_ALLOW_SKIPS").is_ok_and(|value| value == "1");
-    match (report.count("passed"), report.count("failed"), report.count("skipped")) {
-        (1.., 0, 0) => ExitCode::SUCCESS,
-        (1.., 0, _) if accepted => ExitCode::SUCCESS,
-        (1.., 0, _) => ExitCode::from(SKIPPED),
-        // As the standard test runner has it.
-        _ => ExitCode::from(101),
-    }
+    report.exit_code()
 }
 
 /// Tries all cells that `arguments` do not filter out.
@@ -138,9 +128,24 @@ impl Report {
         self.results.iter().filter(|result| result.outcome == outcome).count()
     }
 
-    /// Something was tried, nothing failed, and this host has kept nothing from being tried.
-    pub fn is_green(&self) -> bool {
-        self.count("failed") == 0 && self.count("passed") > 0 && self.count("skipped") == 0
+    /// Says in words what the exit code says, where it is not simply good or bad.
+    pub fn exit_code(&self) -> ExitCode {
+        let accepted = std::env::var("CKPT_ALLOW_SKIPS").is_ok_and(|value| value == "1");
+        match (self.count("passed"), self.count("failed"), self.count("skipped")) {
+            (1.., 0, 0) => ExitCode::SUCCESS,
+            (1.., 0, _) if accepted => ExitCode::SUCCESS,
+            (1.., 0, _) => {
+                println!(
+                    "conformance: nothing failed, but a skip is no pass; CKPT_ALLOW_SKIPS=1 accepts the skips above"
+                );
+                ExitCode::from(SKIPPED)
+            }
+            (0, 0, _) => {
+                println!("conformance: nothing was tried, which is a failure");
+                ExitCode::from(FAILED)
+            }
+            _ => ExitCode::from(FAILED),
+        }
     }
 
     /// The matrix, every reason of a skip, and the numbers.
