@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Fetches CRIU 4.1 from Debian trixie into .peers/ (ignored by git), without installing anything, and runs the benchmarks
+# with it and ckpt in turn: benches/peers.sh [options of ckpt-bench]
+#
+# As root. CRIU looks at the kernel at each run unless it finds its own notes on a tmpfs under /run, so it gets one, in a
+# mount namespace of its own, and is allowed one look before it is timed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+peers=$PWD/.peers
+root=$peers/criu
+packages=(criu libbsd0 libc6 libgnutls30t64 libnet1 libnftables1 libnl-3-200 libprotobuf-c1 libuuid1 libcompel1 libmd0
+    libgcc-s1 libgmp10 libhogweed6t64 libidn2-0 libnettle8t64 libp11-kit0 libtasn1-6 libunistring5 libjansson4 libmnl0
+    libnftnl11 libxtables12 libffi8)
+
+# The address that this machine gets its own Debian packages from.
+mirror() {
+    local found
+    found=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | grep -v security | head -n 1)
+    echo "${found:?no package source is set up on this machine}"
+}
+
+fetch() {
+    local state=$peers/apt
+    mkdir -p "$state"/{lists/partial,cache/archives/partial} "$root"
+    echo "deb $(mirror) trixie main" > "$state/sources.list"
+    local options=(-o "Dir::Etc::sourcelist=$state/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o "Dir::State::lists=$state/lists" -o "Dir::Cache=$state/cache" -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update -q
+    (cd "$state" && apt-get "${options[@]}" download -q "${packages[@]}")
+    local package
+    for package in "$state"/*.deb; do
+        dpkg -x "$package" "$root"
+    done
+}
+
+[ -x "$root/usr/sbin/criu" ] || fetch || { echo "criu: absent (it could not be fetched)"; rm -rf "$root"; }
+
+cargo build --release -p ckpt -p ckpt-bench
+bench=(target/release/ckpt-bench "$@")
+if [ ! -x "$root/usr/sbin/criu" ]; then
+    exec "${bench[@]}"
+fi
+criu="$root/usr/lib64/ld-linux-x86-64.so.2 --library-path $root/usr/lib/x86_64-linux-gnu $root/usr/sbin/criu"
+# shellcheck disable=SC2016
+exec unshare --mount sh -c 'mount -t tmpfs tmpfs /run && $0 --version && { $0 check >/dev/null 2>&1 || true; } && exec "$@"' \
+    "$criu" "${bench[@]}" --criu "$criu"
