@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use ckpt_core::{DumpError, RestoreError, StoreError};
 
+use crate::output;
+
 /// The exit codes, as [`crate::arguments::EXIT_CODES`] says them.
 const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
@@ -56,7 +58,7 @@ pub fn bad_usage(message: &str) -> ExitCode {
 fn line(message: &str) {
     let mut text = String::new();
     for reason in message.lines() {
-        text += &format!("ckpt: error: {reason}\n");
+        text += &format!("ckpt: error: {}\n", output::plain(reason));
     }
     // Nobody is left to tell if standard error is gone.
     let _ = std::io::stderr().write_all(text.as_bytes());

@@ -29,7 +29,20 @@ pub fn is_quiet() -> bool {
 
 /// Prints what was asked for. A reader that has gone away (`ckpt show image | head`) is no error.
 pub fn print(text: &str) {
-    pass(text.as_bytes());
+    pass(plain(text).as_bytes());
+}
+
+/// Without control characters: an image may have any in its names, and a terminal would obey them.
+pub fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\n' | '\t' => plain.push(character),
+            _ if character.is_control() => plain.extend(character.escape_default()),
+            _ => plain.push(character),
+        }
+    }
+    plain
 }
 
 /// The same for bytes that a program wrote.
@@ -54,5 +67,15 @@ pub fn tell(line: &str) {
 pub fn tell_aside(line: &str) {
     if !is_quiet() {
         let _ = writeln!(std::io::stderr(), "ckpt: {line}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_name_gives_orders_to_a_terminal() {
+        assert_eq!(plain("a\u{1b}[2Jb\tc\u{9b}é\n"), "a\\u{1b}[2Jb\tc\\u{9b}é\n");
     }
 }
