@@ -5,11 +5,13 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ckpt_core::Pid;
 use ckpt_core::backend::RestoreOptions;
+use ckpt_core::image::Image;
+use ckpt_core::procfs::ProcDir;
 use ckpt_core::restore::prepare;
 
 use crate::progress::Bar;
@@ -52,6 +54,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
     sys::interrupt_on_signals();
     let reader = ckpt_formats::open(&verb.directory)?;
+    wait_for_the_dead(reader.image());
     let options = RestoreOptions { shell_job: verb.shell_job, detach: verb.detach };
     // A restore that fails gives its settings back.
     let terminal = if verb.shell_job { Terminal::open() } else { None };
@@ -71,6 +74,8 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     prepared.release()?;
     if let Some(terminal) = &terminal {
         terminal.keep_settings();
+        // Another terminal has another size, and an empty screen.
+        supervise::tell_of_window(root);
     }
     if let Some(pidfile) = pidfile {
         pidfile.keep();
@@ -86,6 +91,19 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
                 human::duration(begun.elapsed())
             ));
             Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Right after a dump the processes that it ended may not have been waited for, and still have their ids: init, which
+/// inherits most of them, may take a moment. If they stay, the plan refuses them by name.
+fn wait_for_the_dead(image: &Image) {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let live = image.processes.iter().map(|process| process.task.pid);
+    for pid in live.chain(image.zombies.iter().map(|zombie| zombie.task.pid)) {
+        let is_zombie = || ProcDir::open(pid).and_then(|proc| proc.stat_line()).is_ok_and(|stat| stat.state == 'Z');
+        while is_zombie() && Instant::now() < deadline && sys::interruption().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

@@ -176,6 +176,12 @@ fn pass_on(root: Pid, came: &Came, terminal: Option<&Terminal>) {
     }
 }
 
+/// Has a job look at the size of its terminal and draw itself anew, as after a change of the window (SIGWINCH, which is
+/// ignored by default).
+pub fn tell_of_window(root: Pid) {
+    sys::kill(group_of(root).map_or(root.0, |group| -group), libc::SIGWINCH);
+}
+
 /// The process group of a process, if it is not ours.
 fn group_of(root: Pid) -> Option<i32> {
     let group = getpgid(Some(nix::unistd::Pid::from_raw(root.0))).ok()?;
