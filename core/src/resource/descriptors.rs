@@ -9,6 +9,7 @@
 //! then the table of every process is filled; then each kind's `finish` does what needs all files in place (data in
 //! pipes and queues, epoll sets).
 
+use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -20,6 +21,7 @@ use std::path::Path;
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::FileStat;
+use nix::sys::statfs::{FsType, statfs};
 
 use crate::args;
 use crate::backend::{DumpOptions, RestoreOptions};
@@ -242,6 +244,8 @@ pub struct Census {
     pub inodes: HashMap<(u64, u64), Vec<FileId>>,
     /// (process, descriptor, what follows `lock:` in its fdinfo): the POSIX locks of a process are shown to it only.
     pub locks: Vec<(usize, i32, String)>,
+    /// The type of file system of each device that was asked for.
+    filesystems: RefCell<HashMap<u64, FsType>>,
 }
 
 impl Census {
@@ -302,6 +306,19 @@ impl CollectFile<'_> {
     pub fn io_error(&self, what: &str, source: std::io::Error) -> DumpError {
         let subject = self.seen.subject();
         DumpError::Io { what: format!("{} of process {}, {subject}: {what}", self.resource, self.seen.pid), source }
+    }
+
+    /// The type of file system that it is on.
+    pub fn filesystem(&self) -> Result<FsType, DumpError> {
+        let device = self.seen.stat.st_dev;
+        if let Some(known) = self.census.filesystems.borrow().get(&device) {
+            return Ok(*known);
+        }
+        let path = format!("/proc/{}/fd/{}", self.seen.pid, self.seen.fd);
+        let found =
+            statfs(path.as_str()).map_err(|errno| self.io_error("cannot tell its file system", errno.into()))?;
+        self.census.filesystems.borrow_mut().insert(device, found.filesystem_type());
+        Ok(found.filesystem_type())
     }
 
     /// Opens what the descriptor leads to anew, by `/proc/PID/fd`: for content, without touching the offset.

@@ -226,12 +226,7 @@ impl Resource for Files {
     fn collect(context: &mut CollectFile<'_>) -> Result<File, DumpError> {
         let seen = context.seen;
         let proc_link = format!("fd/{}", seen.fd);
-        let magic = {
-            let fd = context.reopen(OFlag::O_PATH)?;
-            nix::sys::statfs::fstatfs(&fd)
-                .map_err(|errno| context.io_error("cannot tell its file system", errno.into()))?
-                .filesystem_type()
-        };
+        let magic = context.filesystem()?;
         if let Some(name) = stateful_filesystem(magic) {
             context.refuse(format!("files of {name} are not supported"), "have the program close it before the dump");
         }
