@@ -140,6 +140,7 @@ fn resources(backend: &Backend, refusals: &[Refusal]) -> String {
 struct Verdict {
     possible: bool,
     against: Vec<String>,
+    unavailable: Vec<String>,
 }
 
 impl Verdict {
@@ -160,11 +161,13 @@ impl Verdict {
 
     fn unavailable(&mut self, backend: &Backend, why: &str) {
         output::tell(&format!("the backend {} is not available: {why}", backend.name));
-        self.against.push(format!("the backend {} is not available: {why}", backend.name));
+        self.unavailable.push(format!("the backend {} is not available: {why}", backend.name));
     }
 
     fn end(self) -> anyhow::Result<ExitCode> {
-        if self.possible { Ok(ExitCode::SUCCESS) } else { Err(Refused(self.against.join("\n")).into()) }
+        // What a backend that works here says is of more use than that others do not.
+        let reasons = if self.against.is_empty() { self.unavailable } else { self.against };
+        if self.possible { Ok(ExitCode::SUCCESS) } else { Err(Refused(reasons.join("\n")).into()) }
     }
 }
 
