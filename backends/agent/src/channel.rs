@@ -261,11 +261,19 @@ impl Channel {
     /// Waits until the agent has run what was sent.
     pub fn wait(&mut self, idle: &mut dyn FnMut() -> Result<(), TargetError>) -> Result<(), TargetError> {
         let deadline = Instant::now() + BATCH_TIMEOUT;
+        // Most batches are over before we could fall asleep and be woken.
+        let mut looks = 100;
         loop {
             match &self.wait {
                 Wait::Socket { ours, .. } => {
                     let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
-                    match poll(&mut ready, PollTimeout::from(50u8)) {
+                    let patience = if looks > 0 { PollTimeout::ZERO } else { PollTimeout::from(50u8) };
+                    match poll(&mut ready, patience) {
+                        Ok(0) if looks > 0 => {
+                            looks -= 1;
+                            std::thread::yield_now();
+                            continue;
+                        }
                         Ok(0) | Err(Errno::EINTR) => {}
                         Ok(_) => {
                             let mut byte = [0];

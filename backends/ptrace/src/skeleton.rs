@@ -22,6 +22,7 @@ use ckpt_core::{
     Context, Footprint, Kcmp, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError, args,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -51,6 +52,8 @@ pub struct SkeletonTree {
     pub(crate) region: Arc<Region>,
     /// It runs, and is not ours any more.
     pub(crate) released: bool,
+    /// Until the tree is released, or gone.
+    _pinned: Pinned,
 }
 
 /// Where the lanes of a tree are in its region, and where the region is in its processes.
@@ -80,6 +83,7 @@ fn target_failed(pid: Pid) -> impl Fn(TargetError) -> RestoreError {
 /// Makes the tree of an image.
 pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
     raise_descriptor_limit();
+    let pinned = Pinned::new();
     let our_mappings = std::fs::read("/proc/self/maps").map_err(|error| failed("/proc/self/maps", error))?;
     let our_mappings = Mapping::parse_all(&our_mappings).unwrap_or_default();
     let layout = lay_out(image, &our_mappings);
@@ -89,7 +93,7 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
     let highest = image.processes.iter().flat_map(|process| &process.descriptors.descriptors).map(|held| held.fd).max();
     let agent_fd = RemoteFd(highest.map_or(3, |fd| fd + 1).max(3));
 
-    let mut tree = SkeletonTree { targets: Vec::new(), region: region.clone(), released: false };
+    let mut tree = SkeletonTree { targets: Vec::new(), region: region.clone(), released: false, _pinned: pinned };
     let mut our_ends = Vec::with_capacity(image.processes.len());
     for (process, &lane) in image.processes.iter().zip(&layout.lanes) {
         let (ours, theirs) = connection()?;
@@ -126,6 +130,33 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
         spawn_threads(&mut tree, process)?;
     }
     Ok(tree)
+}
+
+/// Keeps us, and the skeletons that inherit it, on one processor: they and we take turns all the time, and to wake
+/// another processor takes several times as long as to switch. Each thread gets its true affinity with its scheduling;
+/// ours comes back at the end.
+pub(crate) struct Pinned {
+    before: Option<CpuSet>,
+}
+
+impl Pinned {
+    pub(crate) fn new() -> Pinned {
+        let ourselves = nix::unistd::Pid::from_raw(0);
+        let before = sched_getaffinity(ourselves).ok();
+        let mut one = CpuSet::new();
+        let here = sched_getcpu().unwrap_or(0);
+        // Where it may not be, it is only slower.
+        let _ = one.set(here).and_then(|()| sched_setaffinity(ourselves, &one));
+        Pinned { before }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), before);
+        }
+    }
 }
 
 /// Skeletons need a few numbers above the program's own; each gets its true limit at the end.

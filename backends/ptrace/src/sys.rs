@@ -184,6 +184,17 @@ pub fn wait(tid: Pid, block: bool) -> io::Result<Option<Stop>> {
     }))
 }
 
+/// The same for what comes within microseconds: looks a few times before it goes to sleep.
+pub fn wait_soon(tid: Pid) -> io::Result<Option<Stop>> {
+    for _ in 0..100 {
+        if let Some(stop) = wait(tid, false)? {
+            return Ok(Some(stop));
+        }
+        std::thread::yield_now();
+    }
+    wait(tid, true)
+}
+
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: no memory is passed.
     let result =

@@ -275,7 +275,7 @@ impl Tracee {
         sys::resume_to_call(self.tid)?;
         loop {
             // Calls that are injected do not wait for anything.
-            match sys::wait(self.tid, true)? {
+            match sys::wait_soon(self.tid)? {
                 Some(Stop::Call) => return Ok(()),
                 Some(Stop::Ended(_)) => return Err(TraceError::Ended(self.tid)),
                 // A group stop: it takes effect when we let go.

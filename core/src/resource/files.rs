@@ -430,7 +430,7 @@ impl FileResource for Files {
 }
 
 /// Where a link of `/proc` leads to.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Located {
     /// By this path, seen from ckpt.
     Path(PathBuf),

@@ -1,10 +1,7 @@
 //! What is mapped: `/proc/PID/smaps`, `/proc/PID/map_files`, `/proc/PID/auxv`, and the layout in `/proc/PID/stat`.
 
-use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-
-use nix::sys::stat::FileStat;
 
 use crate::args;
 use crate::batch::{Batch, Sysno};
@@ -12,6 +9,7 @@ use crate::error::DumpError;
 use crate::procfs;
 use crate::resource::Collect;
 use crate::resource::files::{Identity, Located, locate};
+use crate::resource::memory::objects::Known;
 use crate::resource::memory::{Layout, Mapping, Memory, Objects, Source};
 
 /// `VmFlags` that are brought back, in the order of their `madvise`.
@@ -55,14 +53,13 @@ pub fn collect(context: &mut Collect<'_>, objects: &mut Objects) -> Result<Memor
     };
 
     let ours = context.target.footprint().mappings;
-    let mut known = HashMap::new();
     let mut mappings = Vec::with_capacity(all.len());
     for found in &all {
         let is_ours = ours.iter().any(|range| range.contains(&found.start));
         if is_ours || found.name.as_os_str() == "[vsyscall]" {
             continue;
         }
-        mappings.extend(collect_mapping(context, objects, &mut known, found)?);
+        mappings.extend(collect_mapping(context, objects, found)?);
     }
     let (exe, exe_identity) = collect_exe(context)?;
     Ok(Memory { mappings, layout, auxv, exe, exe_identity })
@@ -74,13 +71,9 @@ fn subject(found: &procfs::Mapping) -> String {
     format!("mapping {:x}-{:x} ({name})", found.start, found.end)
 }
 
-/// Inodes of mappings that were looked at already: mostly a library is mapped in several parts.
-type Known = HashMap<(u32, u32, u64), (std::ffi::OsString, FileStat)>;
-
 fn collect_mapping(
     context: &mut Collect<'_>,
     objects: &mut Objects,
-    known: &mut Known,
     found: &procfs::Mapping,
 ) -> Result<Option<Mapping>, DumpError> {
     let name = found.name.as_os_str().as_bytes();
@@ -100,7 +93,7 @@ fn collect_mapping(
     } else if name.starts_with(b"[vvar") {
         Source::Vvar
     } else if found.inode != 0 {
-        match file_source(context, objects, known, found)? {
+        match file_source(context, objects, found)? {
             Some(source) => source,
             None => return Ok(None),
         }
@@ -142,20 +135,23 @@ fn collect_mapping(
 fn file_source(
     context: &mut Collect<'_>,
     objects: &mut Objects,
-    known: &mut Known,
     found: &procfs::Mapping,
 ) -> Result<Option<Source>, DumpError> {
     let path = format!("map_files/{:x}-{:x}", found.start, found.end);
     let proc = context.target.proc();
     let key = (found.major, found.minor, found.inode);
-    if !known.contains_key(&key) {
-        let looked = proc.link(&path).and_then(|link| Ok((link, proc.stat(&path)?)));
+    if !objects.known.contains_key(&key) {
+        let looked = proc.link(&path).and_then(|link| {
+            let stat = proc.stat(&path)?;
+            Ok(Known { located: locate(&link, &stat), link, stat })
+        });
         match looked {
-            Ok(looked) => known.insert(key, looked),
+            Ok(looked) => objects.known.insert(key, looked),
             Err(error) => return Err(context.io_error(&path, error)),
         };
     }
-    let (link, stat) = &known[&key];
+    let Known { link, stat, located } = objects.known[&key].clone();
+    let (link, stat) = (&link, &stat);
     // Only a shared mapping of a file that was opened for writing may be made writable.
     let writable = found.shared && found.has("mw");
     let offset = found.offset;
@@ -176,7 +172,7 @@ fn file_source(
         context.refuse(subject(found), why, "have the program release it before the dump");
         return Ok(None);
     }
-    match locate(link, stat) {
+    match located {
         Located::Path(path) => match stat.st_mode & libc::S_IFMT {
             libc::S_IFREG => Ok(Some(Source::File { path, identity: Identity::of(stat), offset, writable })),
             libc::S_IFCHR if path.as_os_str() == "/dev/zero" && !found.shared => Ok(Some(Source::Anonymous)),

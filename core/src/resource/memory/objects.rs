@@ -4,7 +4,7 @@
 //! shared memory by a mapping in the first process, whose file `/proc/PID/map_files` gives to everyone.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,7 +21,7 @@ use crate::args;
 use crate::batch::{Batch, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::progress::Meter;
-use crate::resource::files::DeletedFiles;
+use crate::resource::files::{DeletedFiles, Located};
 use crate::resource::memory::{NAME, Object, ObjectId, ObjectKind, Pages};
 use crate::store::{ImageReader, ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
@@ -31,8 +31,18 @@ use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
 pub struct Objects {
     /// Deleted files, of descriptors and mappings.
     pub deleted: DeletedFiles,
+    /// Inodes of mappings that were looked at already: a library is mapped in several parts, by many processes.
+    pub(super) known: HashMap<(u32, u32, u64), Known>,
     found: Vec<Found>,
     by_inode: HashMap<(u64, u64), ObjectId>,
+}
+
+/// What a mapped inode is.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    pub link: OsString,
+    pub stat: FileStat,
+    pub located: Located,
 }
 
 #[derive(Debug)]
