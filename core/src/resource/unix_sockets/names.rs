@@ -1,0 +1,200 @@
+//! Names of Unix sockets: whether they can be had, and where they are bound.
+
+use super::*;
+
+/// Whether a socket can be bound to a path: nothing is there, or what is there is the file of a socket that is no more.
+pub(super) fn is_free(path: &Path) -> Result<(), (String, String)> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if !directory.is_dir() {
+        let why = format!("its directory {} is not there", directory.display());
+        return Err((why, "make the directory".into()));
+    }
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err((format!("its path cannot be looked at: {error}"), "run ckpt with the privilege".into())),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Err(("another file is at its path".into(), format!("move {} away", path.display())))
+        }
+        Ok(_) if is_dead(path) => Ok(()),
+        Ok(_) => Err(("another socket is bound to its path".into(), "end the program that has it open".into())),
+    }
+}
+
+/// Whether no socket is bound to the file any more: a connection is refused, rather than made or of the wrong type.
+pub(super) fn is_dead(path: &Path) -> bool {
+    let refused = |error: std::io::Error| error.raw_os_error() == Some(libc::ECONNREFUSED);
+    UnixDatagram::unbound().and_then(|probe| probe.connect(path)).is_err_and(refused)
+}
+
+pub(super) fn is_abstract_free(saved: &UnixSocket) -> bool {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
+    let kind = match saved.kind {
+        libc::SOCK_STREAM => SockType::Stream,
+        libc::SOCK_DGRAM => SockType::Datagram,
+        _ => SockType::SeqPacket,
+    };
+    let Ok(probe) = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None) else { return true };
+    let Ok(address) = UnixAddr::new_abstract(&saved.name[1..]) else { return false };
+    bind(std::os::fd::AsRawFd::as_raw_fd(&probe), &address) != Err(Errno::EADDRINUSE)
+}
+
+/// The directory that the name of a bound file is relative to; `/` for an absolute one.
+pub(super) fn directory_of(saved: &UnixSocket, path: &Path) -> Option<PathBuf> {
+    let name = OsStr::from_bytes(&saved.name);
+    if name.as_bytes().first() == Some(&b'/') {
+        return (path == Path::new(name)).then(|| PathBuf::from("/"));
+    }
+    let whole = path.as_os_str().as_bytes();
+    let base = whole.strip_suffix(name.as_bytes())?.strip_suffix(b"/")?;
+    Some(PathBuf::from(OsStr::from_bytes(if base.is_empty() { b"/" } else { base })))
+}
+
+/// Whether a path has `..` in it.
+pub(super) fn leads_upwards(name: &[u8]) -> bool {
+    Path::new(OsStr::from_bytes(name)).components().any(|component| component == Component::ParentDir)
+}
+
+/// A directory that stands for the root, or for the current directory, while a name is bound that nobody must find.
+pub(super) struct Hideout {
+    directory: PathBuf,
+    absolute: bool,
+}
+
+impl Hideout {
+    pub(super) fn new(context: &RebuildFile<'_>, name: &[u8]) -> Result<Hideout, RestoreError> {
+        let name = Path::new(OsStr::from_bytes(name));
+        if leads_upwards(name.as_os_str().as_bytes()) {
+            return Err(context.mismatch(format!("its name {} leads upwards, and its file is gone", name.display())));
+        }
+        let pid = std::process::id();
+        let directory = std::env::temp_dir().join(format!(".ckpt-sockets-{pid}-{}", context.id.0));
+        let hideout = Hideout { directory, absolute: name.is_absolute() };
+        let below = name.strip_prefix("/").unwrap_or(name).parent().unwrap_or(Path::new(""));
+        let whole = hideout.directory.join(below);
+        let levels = below.components().count();
+        // Other users go through them.
+        let made = std::fs::create_dir_all(&whole).and_then(|()| {
+            whole
+                .ancestors()
+                .take(levels + 1)
+                .try_for_each(|directory| std::fs::set_permissions(directory, PermissionsExt::from_mode(0o755)))
+        });
+        made.map_err(|source| RestoreError::Io { what: hideout.directory.display().to_string(), source })?;
+        Ok(hideout)
+    }
+
+    /// Adds calls that go in. What they give is for [`leave`](Hideout::leave).
+    fn enter(&self, batch: &mut Batch) -> [CallId; 2] {
+        let open = |batch: &mut Batch, path: &[u8]| {
+            let path = batch.string(path);
+            let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+            batch.call(Sysno::openat, args![libc::AT_FDCWD, path, flags])
+        };
+        let back = [open(batch, b"/"), open(batch, b".")];
+        let directory = batch.string(self.directory.as_os_str().as_bytes());
+        batch.call(Sysno::chdir, args![directory]);
+        if self.absolute {
+            batch.call(Sysno::chroot, args![directory]);
+        }
+        back
+    }
+
+    fn leave(&self, batch: &mut Batch, [root, current]: [CallId; 2]) {
+        if self.absolute {
+            let here = batch.string(b".");
+            batch.call(Sysno::fchdir, args![root]);
+            batch.call(Sysno::chroot, args![here]);
+        }
+        batch.call(Sysno::fchdir, args![current]);
+        batch.call(Sysno::close, args![root]);
+        batch.call(Sysno::close, args![current]);
+    }
+}
+
+impl Drop for Hideout {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Where a name is to be used.
+pub(super) enum Place {
+    /// Where it is found by everybody: an abstract name, or a path that others use.
+    Open,
+    Hidden(Hideout),
+    /// A relative path, from its directory.
+    In(PathBuf),
+}
+
+impl Place {
+    /// Adds calls with `inner` at this place.
+    pub(super) fn at<T>(&self, batch: &mut Batch, inner: impl FnOnce(&mut Batch) -> T) -> T {
+        match self {
+            Place::Open => inner(batch),
+            Place::Hidden(hideout) => {
+                let back = hideout.enter(batch);
+                let result = inner(batch);
+                hideout.leave(batch, back);
+                result
+            }
+            Place::In(directory) => {
+                let here = batch.string(b".");
+                let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+                let back = batch.call(Sysno::openat, args![libc::AT_FDCWD, here, flags]);
+                let directory = batch.string(directory.as_os_str().as_bytes());
+                batch.call(Sysno::chdir, args![directory]);
+                let result = inner(batch);
+                batch.call(Sysno::fchdir, args![back]);
+                batch.call(Sysno::close, args![back]);
+                result
+            }
+        }
+    }
+}
+
+/// Where a name that nobody else shall use is bound: an abstract one has no other place.
+pub(super) fn hidden(context: &RebuildFile<'_>, name: &[u8]) -> Result<Place, RestoreError> {
+    Ok(if name.first() == Some(&0) { Place::Open } else { Place::Hidden(Hideout::new(context, name)?) })
+}
+
+/// Where a socket of the image is bound. A dead file that is in the way is removed.
+pub(super) fn place_of(context: &RebuildFile<'_>, saved: &UnixSocket) -> Result<Place, RestoreError> {
+    let Some(file) = &saved.file else { return hidden(context, &saved.name) };
+    let path = &file.path;
+    if let Err((why, _)) = is_free(path) {
+        return Err(context.mismatch(format!("{}: {why}", show(&saved.name))));
+    }
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(RestoreError::Io { what: format!("removing the old {}", path.display()), source });
+        }
+        _ => {}
+    }
+    let directory = directory_of(saved, path);
+    let directory = directory.ok_or_else(|| context.mismatch("its path does not end in its name"))?;
+    Ok(if saved.name[0] == b'/' { Place::Open } else { Place::In(directory) })
+}
+
+/// Adds the call that binds, so that the file gets just these permissions.
+pub(super) fn add_bind(batch: &mut Batch, fd: impl Into<Arg>, name: &[u8], place: &Place, mode: u32) {
+    let address = address(name);
+    place.at(batch, |batch| {
+        let slot = batch.bytes(&address);
+        let old = batch.call(Sysno::umask, args![!mode & 0o777]);
+        batch.call(Sysno::bind, &[fd.into(), slot.into(), address.len().into()]);
+        batch.call(Sysno::umask, args![old]);
+    });
+}
+
+/// Gives the file of a bound socket its owner, and the permissions that a umask cannot give.
+pub(super) fn own_file(file: &BoundFile) -> Result<(), RestoreError> {
+    let error = |source| RestoreError::Io { what: format!("owner of {}", file.path.display()), source };
+    let found = std::fs::symlink_metadata(&file.path).map_err(error)?;
+    if (found.uid(), found.gid()) != (file.uid, file.gid) {
+        std::os::unix::fs::lchown(&file.path, Some(file.uid), Some(file.gid)).map_err(error)?;
+    }
+    if found.permissions().mode() & 0o7777 != file.mode {
+        std::fs::set_permissions(&file.path, PermissionsExt::from_mode(file.mode)).map_err(error)?;
+    }
+    Ok(())
+}
