@@ -42,6 +42,7 @@ fn mask(checkpoint: &Checkpoint) -> Result<(), String> {
     for signal in [63, libc::SIGUSR2] {
         // SAFETY: blocked signals to ourselves.
         done("kill", unsafe { libc::kill(libc::getpid(), signal) })?;
+        equal("a signal of the second, for the first", Err(ErrorKind::WouldBlock), next(&first))?;
         equal("a signal of the second", Ok(signal as u32), next(&second))?;
     }
     // SAFETY: takes no argument.
