@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("signals/pending-of-two-processes", &["signals"], pending_of_two_processes),
         Case::new("signals/pending-and-ignored", &["signals"], pending_and_ignored),
         Case::new("signals/no-new-ones", &["signals", "thread-signals"], no_new_ones),
+        Case::new("signals/none-of-a-zombie", &["signals", "tasks"], none_of_a_zombie),
         Case::new("signals/on-the-alternate-stack", &["thread-signals"], on_the_alternate_stack),
         Case::new("signals/alternate-stack-that-disarms", &["thread-signals"], alternate_stack_that_disarms),
         Case::new("signals/alternate-stacks-of-threads", &["thread-signals"], alternate_stacks_of_threads),
@@ -283,6 +284,19 @@ fn no_new_ones(checkpoint: &Checkpoint) -> Result<(), String> {
     let found = thread.join().map_err(|_| "the thread panicked")??;
     equal("pending signals, but SIGCHLD", 0, found & !(1 << (libc::SIGCHLD - 1)))?;
     children.into_iter().try_for_each(|child| child.passed())
+}
+
+/// A child has ended, and its SIGCHLD was taken, but nobody has waited for it. That a restore makes the child end again
+/// must not be told a second time.
+fn none_of_a_zombie(checkpoint: &Checkpoint) -> Result<(), String> {
+    mask(libc::SIG_SETMASK, BLOCKABLE)?;
+    let child = in_child(|| Ok(()))?;
+    const SIGCHLD: u64 = 1 << (libc::SIGCHLD - 1);
+    eventually("SIGCHLD is pending", || pending_set().is_ok_and(|set| set & SIGCHLD != 0))?;
+    take_all();
+    checkpoint.wait()?;
+    equal("pending signals", 0, pending_set()?)?;
+    child.passed()
 }
 
 const STACK_SIZE: usize = 256 * 1024;
