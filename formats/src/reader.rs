@@ -118,7 +118,7 @@ impl Reader {
     /// The bytes of the table for a run of pages.
     pub(crate) fn table(&self, extent: PageExtent) -> Result<Vec<u8>, StoreError> {
         let end = extent.first.checked_add(extent.pages);
-        if !end.is_some_and(|end| end <= self.page_count) {
+        if end.is_none_or(|end| end > self.page_count) {
             let why = format!("pages {} from {} of {}", extent.pages, extent.first, self.page_count);
             return Err(StoreError::Damaged { path: self.path(PAGES), why });
         }

@@ -463,7 +463,7 @@ fn read_live(module: &str, source: &str, all: &mut BTreeMap<(String, String), Li
         } else {
             let name = word(trimmed.trim_start_matches("pub "));
             if !name.is_empty() {
-                let full = [&path[..], &[name.clone()]].concat().join(".");
+                let full = [&path[..], std::slice::from_ref(&name)].concat().join(".");
                 let kind = trimmed.split_once(':').map_or("", |(_, kind)| kind).trim().to_string();
                 all.insert((module.into(), full), Live { docs, kind });
             }
