@@ -272,8 +272,11 @@ fn no_new_ones(checkpoint: &Checkpoint) -> Result<(), String> {
     let theirs = barrier.clone();
     let thread = std::thread::spawn(move || {
         theirs.wait();
+        theirs.wait();
         pending_set()
     });
+    // It has made all that a new thread makes, before its mappings are looked at.
+    barrier.wait();
     checkpoint.ready()?;
     // Not by wait_for_go(), for the children end at the same sign.
     while !checkpoint.is_go() {
