@@ -77,8 +77,8 @@ pub fn run(name: &str, progress: &Path) -> ExitCode {
             break;
         }
     }
-    for thread in 1..load.threads {
-        std::thread::spawn(move || count(&counters[thread], &[]));
+    for counter in &counters[1..load.threads] {
+        std::thread::spawn(move || count(counter, &[]));
     }
     count(&counters[index], &memory)
 }

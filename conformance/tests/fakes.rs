@@ -244,7 +244,7 @@ struct FakeFrozen {
 }
 
 impl FakeFrozen {
-    fn into_inner(mut self: Box<Self>) -> Box<dyn Frozen> {
+    fn into_inner(mut self) -> Box<dyn Frozen> {
         return_targets(std::mem::take(&mut self.targets), self.inner.targets());
         self.inner
     }

@@ -205,7 +205,7 @@ fn read(checkpoint: &Checkpoint) -> Result<(), String> {
 /// never EINTR, and no byte is lost or doubled.
 fn write(checkpoint: &Checkpoint) -> Result<(), String> {
     let (reader, writer) = pipe()?;
-    let bytes: Vec<u8> = (0..200_000_u32).map(|at| (at * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..200_000_u32).map(|at| ((at * 7) >> 3) as u8).collect();
     let mut drained = Vec::new();
     let call = during(
         checkpoint,
@@ -293,8 +293,8 @@ fn futex(checkpoint: &Checkpoint) -> Result<(), String> {
     let word = AtomicU32::new(5);
     let call = during(
         checkpoint,
-        // SAFETY: a word of ours.
         || {
+            // SAFETY: a word of ours.
             result(unsafe {
                 libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, 5, ptr::null::<libc::timespec>())
             })

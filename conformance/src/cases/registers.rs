@@ -292,8 +292,8 @@ fn rseq(checkpoint: &Checkpoint) -> Result<(), String> {
     let current = || -> Result<(), String> {
         // A thread may be moved between the two questions, but not each time.
         for _ in 0..1000 {
-            // SAFETY: asks only; by the system call, as the C library would look into the area itself.
             let mut kernel = 0_u32;
+            // SAFETY: asks only; by the system call, as the C library would look into the area itself.
             unsafe { libc::syscall(libc::SYS_getcpu, &mut kernel, std::ptr::null_mut::<u32>(), 0) };
             if cpu()? == kernel {
                 return Ok(());

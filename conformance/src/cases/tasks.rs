@@ -272,7 +272,7 @@ fn threads_while(wait: impl FnOnce() -> Result<(), String>) -> Result<(), String
         all_there.wait();
         let waited = wait();
         stop.store(true, SeqCst);
-        let results: Result<(), String> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+        let results = threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"));
         waited.and(results)
     })
 }
@@ -280,10 +280,10 @@ fn threads_while(wait: impl FnOnce() -> Result<(), String>) -> Result<(), String
 fn threads_of_children(checkpoint: &Checkpoint) -> Result<(), String> {
     let words = shared_words()?;
     let mut children = Vec::new();
-    for place in 0..2 {
+    for word in &words[..2] {
         children.push(child(|| {
             let result = threads_while(|| {
-                words[place].store(1, SeqCst);
+                word.store(1, SeqCst);
                 checkpoint.wait_for_go()
             });
             result.map_or_else(

@@ -75,7 +75,7 @@ fn before_dump(dir: &Path, round: usize) -> Result<(), String> {
 }
 
 fn after_restore(dir: &Path, round: usize) -> Result<(), String> {
-    let mut client = if round % 2 == 0 { Client::over_tcp() } else { Client::over_unix(dir) }?;
+    let mut client = if round.is_multiple_of(2) { Client::over_tcp() } else { Client::over_unix(dir) }?;
     client.call(&["CONFIG", "SET", "save", ""])?;
     for number in (round..KEYS).step_by(97) {
         client.check(number)?;
