@@ -373,6 +373,9 @@ impl Target for FakeTarget {
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
         self.inner().fds_in(fds)
     }
+    fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {
+        self.inner().fds_done(fds)
+    }
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
         self.peek().compare(kind, mine, other, theirs)
     }
@@ -443,6 +446,9 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn fds_in(&mut self, _: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn fds_done(&mut self, _: &[RemoteFd]) -> Result<(), TargetError> {
         unreachable!("a borrowed target")
     }
     fn compare(&self, _: Kcmp, _: u64, _: Pid, _: u64) -> Result<Ordering, TargetError> {

@@ -202,6 +202,9 @@ pub trait Target: Send + std::any::Any {
     /// [`Footprint::spare_fds`] on, where no number of the program's is.
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError>;
 
+    /// Closes descriptors that [`fds_in`](Target::fds_in) brought.
+    fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError>;
+
     /// Orders two kernel objects by identity (`kcmp`): equal means that they are one.
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError>;
 

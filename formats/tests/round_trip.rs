@@ -143,7 +143,7 @@ fn offset_of_a_blob_is_left_alone() {
 fn find_page_agrees_with_a_walk_over_all_runs() {
     let place = tempfile::tempdir().unwrap();
     let (mut found, mut shared) = (0, 0);
-    for seed in 0..60 {
+    for seed in 0..400 {
         let directory = place.path().join(seed.to_string());
         let image = common::image_of(seed);
         common::write(&directory, &image).unwrap();

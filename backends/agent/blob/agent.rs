@@ -22,7 +22,7 @@ use protocol::*;
 
 const SYS_READ: u64 = 0;
 const SYS_CLOSE: u64 = 3;
-const SYS_SCHED_YIELD: u64 = 24;
+const SYS_NANOSLEEP: u64 = 35;
 const SYS_SENDTO: u64 = 44;
 const SYS_FUTEX: u64 = 202;
 const SYS_EXIT_GROUP: u64 = 231;
@@ -139,14 +139,12 @@ unsafe fn leave(lane: *mut Lane) -> ! {
     unsafe {
         let control = &*((*lane).control as *const Control);
         let committed = &*(&raw const control.committed).cast::<AtomicU32>();
-        let in_transit = &*(&raw const control.in_transit).cast::<AtomicU32>();
         let skeleton = (*lane).leave == LEAVE_SKELETON;
         if skeleton && committed.load(Ordering::Acquire) == 0 {
             loop {
                 system(SYS_EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
             }
         }
-        let certain = in_transit.load(Ordering::Acquire) == 0;
         let mut n = 0;
         while n < (*lane).thread_count {
             let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
@@ -155,18 +153,31 @@ unsafe fn leave(lane: *mut Lane) -> ! {
             n += 1;
         }
         system(SYS_CLOSE, [(*lane).socket as u64, 0, 0, 0, 0, 0]);
+        n = 0;
+        while n < 4 {
+            // One more than the number, so that 0 is none.
+            let borrowed = (&raw const (*lane).borrowed).cast::<u32>().add(n as usize).read_volatile();
+            if borrowed != 0 {
+                system(SYS_CLOSE, [borrowed as u64 - 1, 0, 0, 0, 0, 0]);
+            }
+            n += 1;
+        }
         if skeleton {
             sigreturn((*lane).frame);
         }
-        if !certain {
-            sigreturn((*lane).plain_frame);
-        }
-        // The region goes last: not before every other thread has said, from outside of it, that it is out.
+        // The region goes last: not before every other thread has said, from outside of it, that it is out. One that was
+        // just being sent in or taken out may never say so: then the region stays.
+        let pause = [0u64, 200_000];
+        let mut patience = 500;
         n = 0;
         while n < (*lane).thread_count {
             let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;
             while (&raw const (*thread).left).read_volatile() == 0 {
-                system(SYS_SCHED_YIELD, [0; 6]);
+                if patience == 0 {
+                    sigreturn((*lane).plain_frame);
+                }
+                patience -= 1;
+                system(SYS_NANOSLEEP, [&raw const pause as u64, 0, 0, 0, 0, 0]);
             }
             n += 1;
         }

@@ -69,6 +69,7 @@ impl Channel {
                 frame: 0,
                 left: 0,
                 plain_frame: 0,
+                borrowed: [0; 4],
                 threads: 0,
                 thread_count: 0,
                 thread_stride: 0,
@@ -133,15 +134,19 @@ impl Channel {
         self.address() + std::mem::offset_of!(Lane, left) as u64
     }
 
+    /// Frozen targets: the agent closes these if we are lost. There is room for four; more are left behind.
+    pub fn set_borrowed(&mut self, fds: &[RemoteFd]) {
+        let mut borrowed = [0u32; 4];
+        for (place, fd) in borrowed.iter_mut().zip(fds) {
+            // One more than the number, so that 0 is none.
+            *place = fd.0 as u32 + 1;
+        }
+        self.change(|lane| lane.borrowed = borrowed);
+    }
+
     /// The thread of this lane is stopped, and will not come back to it.
     pub fn set_left(&mut self) {
         self.change(|lane| lane.left = 1);
-    }
-
-    /// A thread is on its way into or out of a lane of this region.
-    pub fn set_in_transit(&self, in_transit: bool) {
-        let at = CODE_SIZE + std::mem::offset_of!(protocol::Control, in_transit);
-        self.region.mapping().atomic(at).store(in_transit.into(), Ordering::Release);
     }
 
     /// Skeletons: the frame that the thread goes on through if we are lost after the release.

@@ -18,9 +18,6 @@ pub const CONTROL_SIZE: usize = 4096;
 pub struct Control {
     /// Skeletons: 1 once the tree has been released. From then on a lost driver means "go on", not "exit".
     pub committed: u32,
-    /// Frozen targets: 1 while a thread is on its way into a lane or out of it. Then a lost driver leaves the region
-    /// behind, as nobody knows whether the thread still needs it.
-    pub in_transit: u32,
 }
 
 /// What a call of the agent's own is: a number no system call has.
@@ -78,6 +75,8 @@ pub struct Lane {
     pub left: u64,
     /// Socket lanes of frozen targets: the way out that leaves the region behind.
     pub plain_frame: u64,
+    /// Socket lanes of frozen targets: descriptors of ours to close on the way out; 0 for none.
+    pub borrowed: [u32; 4],
     /// Socket lanes: the futex lanes of the same process, to release them.
     pub threads: u64,
     pub thread_count: u64,

@@ -32,6 +32,8 @@ pub struct FrozenTarget {
     channel: Channel,
     /// The lanes of other threads, in the order they were sent into them.
     lanes: Vec<(usize, Channel)>,
+    /// Descriptors of ours that it has.
+    borrowed: Vec<RemoteFd>,
     mappings: Vec<Mapping>,
     region: (u64, u64),
 }
@@ -57,6 +59,7 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
             host: footing.host,
             channel: footing.channel,
             lanes: Vec::new(),
+            borrowed: Vec::new(),
             mappings: footing.mappings,
             region: footing.region,
         }));
@@ -126,7 +129,11 @@ fn enter_on(
     let call = |tracee: &mut Tracee, number, args| succeed(tracee.inject(entrance, number, args)?);
     let scratch = tracee.scratch();
     process.force_write(RemotePtr(scratch), &NAME.to_le_bytes())?;
+    let unmap = (libc::SYS_munmap, [base, size as u64]);
+    let close = |fd: u64| (libc::SYS_close, [fd, 0]);
     let memfd = call(tracee, libc::SYS_memfd_create, [scratch, libc::MFD_CLOEXEC as u64, 0, 0, 0, 0])?;
+    // What there is to undo at each step, a lost driver takes along.
+    tracee.undo_with(process, entrance, &[close(memfd)])?;
     let adopted = process.fd(RemoteFd(memfd as i32)).map_err(TraceError::Target);
     let region = adopted.and_then(|memfd| Ok(Arc::new(Region::adopt(memfd, size)?)));
     let map = |at: u64, len: u64, protection: i32| {
@@ -139,15 +146,18 @@ fn enter_on(
         Ok(region)
     });
     if mapped.is_ok() {
-        // From here on a lost driver takes the mapping along.
-        tracee.undo_with(process, entrance, libc::SYS_munmap, [base, size as u64])?;
+        tracee.undo_with(process, entrance, &[unmap, close(memfd)])?;
         let rest = map(code, size as u64 - code, libc::PROT_READ | libc::PROT_WRITE);
         if let Err(error) = call(tracee, libc::SYS_mmap, rest) {
             mapped = Err(error);
         }
+        // Without the descriptor, before it is closed: then its number may be the program's.
+        tracee.undo_with(process, entrance, &[unmap])?;
+    } else {
+        tracee.undo_nothing();
     }
     call(tracee, libc::SYS_close, [memfd, 0, 0, 0, 0, 0])?;
-    let region = mapped?;
+    let region = mapped.or_else(|error| give_up(tracee, entrance, unmap, error))?;
     let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
     let scratch = tracee.scratch();
     let pair = call(tracee, libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch, 0, 0]);
@@ -156,24 +166,32 @@ fn enter_on(
         process.read(RemotePtr(scratch), &mut pair)?;
         let theirs = i32::from_ne_bytes(pair[..4].try_into().unwrap());
         let ours = i32::from_ne_bytes(pair[4..].try_into().unwrap());
+        tracee.undo_with(process, entrance, &[close(ours as u64), close(theirs as u64), unmap])?;
         let fetched = process.fd(RemoteFd(ours));
+        tracee.undo_with(process, entrance, &[close(theirs as u64), unmap])?;
         call(tracee, libc::SYS_close, [ours as u64, 0, 0, 0, 0, 0])?;
         Ok((fetched?, RemoteFd(theirs)))
     });
-    let (ours, theirs) = match connected {
-        Ok(pair) => pair,
-        Err(error) => {
-            tracee.undo_nothing();
-            let _ = call(tracee, libc::SYS_munmap, [base, size as u64, 0, 0, 0, 0]);
-            return Err(error);
-        }
-    };
+    let (ours, theirs) = connected.or_else(|error| give_up(tracee, entrance, unmap, error))?;
     let pid = process.proc.pid();
     let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Socket { ours, theirs });
-    let frame = tracee.undo_with(process, entrance, libc::SYS_munmap, [base, size as u64])?;
+    // The agent closes its socket itself.
+    let frame = tracee.undo_with(process, entrance, &[unmap])?;
     channel.set_healing(frame, tracee.plain_frame());
     tracee.enter_agent(channel.entry(), channel.address())?;
     Ok(channel)
+}
+
+/// Takes the region away again, after an error.
+fn give_up<T>(
+    tracee: &mut Tracee,
+    entrance: &Entrance,
+    (number, args): (libc::c_long, [u64; 2]),
+    error: TraceError,
+) -> Result<T, TraceError> {
+    tracee.undo_nothing();
+    let _ = tracee.inject(entrance, number, [args[0], args[1], 0, 0, 0, 0]);
+    Err(error)
 }
 
 /// A range that no mapping has, with a good distance to its neighbours.
@@ -213,14 +231,13 @@ impl FrozenTarget {
         // Written by the kernel for a call that is made outside of the region, so that the main thread knows that this one
         // does not need it any more.
         let left = [lane.left_address(), 0];
-        let frame = tracee.undo_with(&self.process, &self.entrance, libc::SYS_time, left)?;
+        let frame = tracee.undo_with(&self.process, &self.entrance, &[(libc::SYS_time, left)])?;
         lane.set_healing(frame, frame);
-        self.channel.set_in_transit(true);
-        let entered = tracee.enter_agent(lane.entry(), lane.address());
         let first = self.lanes.first().map_or(lane.address(), |(_, first)| first.address());
+        // Before it is there, so that at no instant it is there and would not be told to leave.
+        self.channel.set_threads(first, self.lanes.len() + 1);
+        let entered = tracee.enter_agent(lane.entry(), lane.address());
         self.lanes.push((thread, lane));
-        self.channel.set_threads(first, self.lanes.len());
-        self.channel.set_in_transit(false);
         entered?;
         Ok(self.lanes.len() - 1)
     }
@@ -231,11 +248,8 @@ impl FrozenTarget {
             let tracee = &mut self.tracees[*thread];
             if tracee.is_agent() {
                 tracee.leave_agent()?;
-                self.channel.set_in_transit(true);
+                tracee.put_back_registers()?;
                 lane.set_left();
-                let back = tracee.put_back_registers();
-                self.channel.set_in_transit(false);
-                back?;
             }
         }
         let tracee = &mut self.tracees[self.host];
@@ -254,6 +268,15 @@ impl FrozenTarget {
         entrance::remove_stub(&self.process, &self.entrance);
         Ok(())
     }
+}
+
+/// A batch that closes descriptors.
+pub fn closing(fds: &[RemoteFd]) -> Batch {
+    let mut batch = Batch::new();
+    for &fd in fds {
+        batch.call(Sysno::close, args![fd]);
+    }
+    batch
 }
 
 /// While an agent runs, its thread is to leave whatever stop it comes into.
@@ -322,7 +345,17 @@ impl Target for FrozenTarget {
     }
 
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
-        self.channel.fds_in(fds, 0, &mut || Ok(()))
+        let brought = self.channel.fds_in(fds, 0, &mut || Ok(()))?;
+        self.borrowed.extend(&brought);
+        self.channel.set_borrowed(&self.borrowed);
+        Ok(brought)
+    }
+
+    fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {
+        // First: the number may be the program's the moment after.
+        self.borrowed.retain(|fd| !fds.contains(fd));
+        self.channel.set_borrowed(&self.borrowed);
+        self.run(&closing(fds)).map(drop)
     }
 
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError> {
@@ -338,8 +371,10 @@ impl Target for FrozenTarget {
     }
 
     fn footprint(&self) -> Footprint {
+        let (start, size) = self.region;
+        let region = start..start + size;
         Footprint {
-            mappings: vec![self.region.0..self.region.0 + self.region.1],
+            mappings: vec![region],
             fds: self.channel.their_socket().into_iter().collect(),
             spare_fds: 0,
             special: Vec::new(),

@@ -111,7 +111,10 @@ fn inject_leave(
     socket: u64,
 ) -> Result<(), TraceError> {
     tracee.establish(process, entrance, mappings)?;
-    tracee.inject(entrance, libc::SYS_munmap, unmap)?;
+    // Should we be lost in the middle, it does the rest by itself.
+    tracee.undo_with(process, entrance, &[(libc::SYS_munmap, [unmap[0], unmap[1]])])?;
     tracee.inject(entrance, libc::SYS_close, [socket, 0, 0, 0, 0, 0])?;
+    tracee.undo_nothing();
+    tracee.inject(entrance, libc::SYS_munmap, unmap)?;
     Ok(())
 }

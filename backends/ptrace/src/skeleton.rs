@@ -618,6 +618,10 @@ impl Target for SkeletonTarget {
         self.channels[0].fds_in(fds, spare, &mut || Ok(()))
     }
 
+    fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {
+        self.run(&crate::frozen::closing(fds)).map(drop)
+    }
+
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError> {
         self.process().compare(kind, mine, other, theirs)
     }

@@ -55,8 +55,10 @@ const RED_ZONE: u64 = 128;
 const AGENT_STACK: u64 = 4096;
 /// Bytes for arguments of injected calls.
 const SCRATCH: u64 = 64;
-/// A frame without vector state.
-const UNDO_FRAME: u64 = 384;
+/// A frame without vector state, and the address of the restorer before it.
+const UNDO_SLOT: u64 = 384;
+/// Calls that the way back may begin with.
+const MOST_UNDOS: u64 = 3;
 
 /// `-ENOSYS` and the like as the kernel returns them.
 type RawResult = i64;
@@ -151,7 +153,7 @@ impl Tracee {
     }
 
     fn foothold_size(&self) -> u64 {
-        RED_ZONE + frame::size(self.xsave.len()) as u64 + 2 * (UNDO_FRAME + 16) + 256
+        RED_ZONE + frame::size(self.xsave.len()) as u64 + MOST_UNDOS * UNDO_SLOT + SCRATCH + 256
     }
 
     /// Writes the way back below the stack. Without room for it, nothing is written.
@@ -171,7 +173,7 @@ impl Tracee {
         let size = frame::size(self.xsave.len()) as u64;
         let last_frame = (self.ready.rsp - RED_ZONE - size) & !63;
         let last_slot = last_frame - 8;
-        let low = last_slot - UNDO_FRAME - 8 - SCRATCH;
+        let low = last_slot - MOST_UNDOS * UNDO_SLOT - SCRATCH;
         let mut saved = vec![0; (last_frame + size - low) as usize];
         // A stack that has yet to grow holds zeros there.
         let _ = process.read(RemotePtr(low), &mut saved);
@@ -182,35 +184,38 @@ impl Tracee {
         Ok(())
     }
 
-    /// From now on the way back begins with a system call. Gives the address of the frame that makes it.
+    /// From now on the way back begins with these system calls (number and two arguments), [`MOST_UNDOS`] at most. Gives the
+    /// address of the frame that makes the first.
     pub fn undo_with(
         &mut self,
         process: &Process,
         entrance: &Entrance,
-        number: libc::c_long,
-        args: [u64; 2],
+        calls: &[(libc::c_long, [u64; 2])],
     ) -> Result<u64, TraceError> {
         let foothold = self.foothold.as_mut().expect("the way back was established");
-        let undo_slot = foothold.low + SCRATCH;
-        let undo_frame = undo_slot + 8;
-        let general = General {
-            rip: entrance.syscall_ret,
-            rsp: foothold.last_slot,
-            rax: number as u64,
-            rdi: args[0],
-            rsi: args[1],
-            orig_rax: u64::MAX,
-            eflags: 0x202,
-            cs: self.original.cs,
-            ss: self.original.ss,
-            ..General::default()
-        };
-        let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
-        bytes.extend(frame::build_plain(&general, u64::MAX));
-        assert!(bytes.len() as u64 <= UNDO_FRAME + 8);
-        write(process, undo_slot, &bytes)?;
-        foothold.slot = undo_slot;
-        Ok(undo_frame)
+        let mut next = foothold.last_slot;
+        // The last call first: each frame returns to the slot of the one after it.
+        for &(number, args) in calls.iter().rev() {
+            let general = General {
+                rip: entrance.syscall_ret,
+                rsp: next,
+                rax: number as u64,
+                rdi: args[0],
+                rsi: args[1],
+                orig_rax: u64::MAX,
+                eflags: 0x202,
+                cs: self.original.cs,
+                ss: self.original.ss,
+                ..General::default()
+            };
+            next -= UNDO_SLOT;
+            let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
+            bytes.extend(frame::build_plain(&general, u64::MAX));
+            assert!(bytes.len() as u64 <= UNDO_SLOT && next >= foothold.low + SCRATCH);
+            write(process, next, &bytes)?;
+        }
+        foothold.slot = next;
+        Ok(next + 8)
     }
 
     /// 64 bytes of its memory for arguments, once a call has been injected.

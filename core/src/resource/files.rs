@@ -737,7 +737,7 @@ mod tests {
 
     #[test]
     fn no_image_can_have_a_file_made_or_cut() {
-        let flags = reopen_flags(-1 & !TMPFILE_BIT);
+        let flags = reopen_flags(!TMPFILE_BIT);
         assert_eq!(flags & (libc::O_CREAT | libc::O_TRUNC | libc::O_EXCL | TMPFILE_BIT | libc::O_ASYNC), 0);
         assert_eq!(reopen_flags(libc::O_TMPFILE | libc::O_RDWR) & (TMPFILE_BIT | libc::O_DIRECTORY), 0);
         assert_eq!(reopen_flags(libc::O_DIRECTORY) & libc::O_DIRECTORY, libc::O_DIRECTORY);

@@ -13,6 +13,15 @@ wire_struct! {
         auxv: Bytes,
         exe: Bytes,
         exe_identity: IdentityV1,
+        lock_future: LockFutureV1,
+    }
+}
+
+wire_enum! {
+    pub enum LockFutureV1 for ckpt_core::resource::memory::LockFuture {
+        No,
+        Locked,
+        OnFault,
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is mapped: `/proc/PID/smaps`, `/proc/PID/map_files`, `/proc/PID/auxv`, and the layout in `/proc/PID/stat`.
 
+use std::collections::hash_map::Entry;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -10,7 +11,7 @@ use crate::procfs;
 use crate::resource::Collect;
 use crate::resource::files::{Identity, Located, locate};
 use crate::resource::memory::objects::Known;
-use crate::resource::memory::{Layout, Mapping, Memory, Objects, Source};
+use crate::resource::memory::{Layout, LockFuture, Mapping, Memory, Objects, Source};
 
 /// `VmFlags` that are brought back, in the order of their `madvise`.
 pub(super) const KEPT_FLAGS: &[&str] = &["dc", "dd", "gd", "hg", "lf", "lo", "mg", "nh", "nr", "rr", "sl", "sr", "wf"];
@@ -54,15 +55,24 @@ pub fn collect(context: &mut Collect<'_>, objects: &mut Objects) -> Result<Memor
 
     let ours = context.target.footprint().mappings;
     let mut mappings = Vec::with_capacity(all.len());
+    let mut lock_future = LockFuture::No;
     for found in &all {
         let is_ours = ours.iter().any(|range| range.contains(&found.start));
+        if is_ours {
+            // The kernel shows nowhere that all that is mapped later gets locked; but ours was mapped later.
+            lock_future = match (found.has("lf"), found.has("lo")) {
+                (true, _) => LockFuture::OnFault,
+                (false, true) => LockFuture::Locked,
+                (false, false) => lock_future,
+            };
+        }
         if is_ours || found.name.as_os_str() == "[vsyscall]" {
             continue;
         }
         mappings.extend(collect_mapping(context, objects, found)?);
     }
     let (exe, exe_identity) = collect_exe(context)?;
-    Ok(Memory { mappings, layout, auxv, exe, exe_identity })
+    Ok(Memory { mappings, layout, auxv, exe, exe_identity, lock_future })
 }
 
 fn subject(found: &procfs::Mapping) -> String {
@@ -140,17 +150,16 @@ fn file_source(
     let path = format!("map_files/{:x}-{:x}", found.start, found.end);
     let proc = context.target.proc();
     let key = (found.major, found.minor, found.inode);
-    if !objects.known.contains_key(&key) {
-        let looked = proc.link(&path).and_then(|link| {
-            let stat = proc.stat(&path)?;
-            Ok(Known { located: locate(&link, &stat), link, stat })
-        });
-        match looked {
-            Ok(looked) => objects.known.insert(key, looked),
-            Err(error) => return Err(context.io_error(&path, error)),
-        };
-    }
-    let Known { link, stat, located } = objects.known[&key].clone();
+    let Known { link, stat, located } = match objects.known.entry(key) {
+        Entry::Occupied(known) => known.get().clone(),
+        Entry::Vacant(unknown) => {
+            let looked = proc.link(&path).and_then(|link| {
+                let stat = proc.stat(&path)?;
+                Ok(Known { located: locate(&link, &stat), link, stat })
+            });
+            unknown.insert(looked.map_err(|error| context.io_error(&path, error))?).clone()
+        }
+    };
     let (link, stat) = (&link, &stat);
     // Only a shared mapping of a file that was opened for writing may be made writable.
     let writable = found.shared && found.has("mw");

@@ -4,7 +4,7 @@
 //! its own pages into the image, [`Objects::write`] copies shared memory. Restore: [`map_all`] makes the mappings, a
 //! [`Filler`] brings the pages in, [`finish`] sets what may be set only then.
 //!
-//! Not visible to anyone, and so not kept: `mlockall(MCL_FUTURE)`, and protection keys that are allocated but not used.
+//! Not visible to anyone, and so not kept: protection keys that are allocated but not used.
 
 mod collect;
 mod objects;
@@ -41,6 +41,19 @@ pub struct Memory {
     /// What `/proc/PID/exe` leads to.
     pub exe: PathBuf,
     pub exe_identity: Identity,
+    /// `mlockall(MCL_FUTURE)`: what is mapped from now on is locked.
+    pub lock_future: LockFuture,
+}
+
+/// What becomes of memory that is mapped later (mlockall(2)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockFuture {
+    #[default]
+    No,
+    /// `MCL_FUTURE`.
+    Locked,
+    /// `MCL_FUTURE | MCL_ONFAULT`.
+    OnFault,
 }
 
 /// What `prctl(PR_SET_MM_MAP)` sets (`struct prctl_mm_map`).

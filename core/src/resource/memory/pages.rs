@@ -170,10 +170,7 @@ fn write_by_target(
         }
         meter.add(load.bytes());
     }
-    let mut batch = Batch::new();
-    batch.call(Sysno::close, args![file]);
-    target.run(&batch).map_err(failed)?;
-    Ok(())
+    target.fds_done(&[file]).map_err(failed)
 }
 
 /// The runs of a load, with their places in the page file.

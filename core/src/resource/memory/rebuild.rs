@@ -11,7 +11,7 @@ use crate::error::RestoreError;
 use crate::resource::Check;
 use crate::resource::files::{Expect, Identity};
 use crate::resource::memory::objects::{self, Rebuilt};
-use crate::resource::memory::{Mapping, Memory, NAME, Source};
+use crate::resource::memory::{LockFuture, Mapping, Memory, NAME, Source};
 use crate::store::ImageReader;
 use crate::target::{RemoteFd, Target, TargetError};
 
@@ -262,6 +262,11 @@ pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreErr
     batch.pointer(map, 88, auxv);
     batch.call(Sysno::prctl, args![libc::PR_SET_MM, libc::PR_SET_MM_MAP, map, map.len(), 0]);
     batch.call(Sysno::close, args![exe_fd]);
+    match memory.lock_future {
+        LockFuture::No => {}
+        LockFuture::Locked => _ = batch.call(Sysno::mlockall, args![libc::MCL_FUTURE]),
+        LockFuture::OnFault => _ = batch.call(Sysno::mlockall, args![libc::MCL_FUTURE | libc::MCL_ONFAULT]),
+    }
     target.run(&batch).map_err(failed)?;
     Ok(())
 }
