@@ -313,14 +313,19 @@ fn rseq(checkpoint: &Checkpoint) -> Result<(), String> {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &all).map_err(|error| error.to_string())
     };
     everywhere()?;
-    let go = &AtomicBool::new(false);
+    let (go, running) = (&AtomicBool::new(false), &AtomicBool::new(false));
     std::thread::scope(|scope| {
         let other = scope.spawn(move || {
+            running.store(true, SeqCst);
             while !go.load(SeqCst) {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
             everywhere()
         });
+        // A thread that starts still maps memory of its own, which would be seen.
+        while !running.load(SeqCst) {
+            std::thread::yield_now();
+        }
         let waited = checkpoint.wait();
         go.store(true, SeqCst);
         other.join().expect("no panic")?;
