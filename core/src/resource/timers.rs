@@ -314,6 +314,12 @@ fn ask_pending_overruns(timer: &mut PosixTimer, context: &mut Collect<'_>) -> Re
     timer.remaining = times[2] * SECOND + times[3];
     timer.overruns = overruns;
 
+    // It may have fired meanwhile, which it could not while its own signal was pending. The copy and its new signal count all
+    // of its expirations between them, and to set it would lose some of these: they stay.
+    let pending = context.target.pending(Queue::Shared).map_err(|source| context.target_error(source))?;
+    if pending.iter().filter(|info| signals::signal_of(info) == timer.signal).count() != 1 {
+        return Ok(());
+    }
     let first = first_firing(timer, now[0] * SECOND + now[1]);
     let mut batch = Batch::new();
     let set = batch.words(&[bit]);
