@@ -29,7 +29,7 @@ pub struct Capability {
     /// Starts programs so that they can be dumped.
     pub launch: bool,
     pub restore: bool,
-    /// Section names out of [`crate::resource::NAMES`].
+    /// Section names out of [`crate::resource::names`].
     pub resources: Vec<&'static str>,
     /// The privileges it needs, in words: "CAP_SYS_PTRACE".
     pub privileges: Vec<&'static str>,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! core knows no backend and makes no raw system call: what has to be asked of or done to a process is a
-//! [`Batch`](batch::Batch) that its [`Target`] runs.
+//! [`Batch`] that its [`Target`] runs.
 
 #![deny(unsafe_code)]
 
