@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 
 use crate::args;
 use crate::batch::{Batch, Slot, Sysno};
@@ -252,9 +252,13 @@ impl Filler for Eager {
         if loads.is_empty() {
             return Ok(());
         }
+        announce(reader, &loads[0]);
         prefer_huge_pages(target, memory).map_err(failed)?;
         let file = pass(target, reader.pages()).map_err(failed)?;
-        for load in &loads {
+        for (index, load) in loads.iter().enumerate() {
+            if let Some(next) = loads.get(index + 1) {
+                announce(reader, next);
+            }
             let mut batch = Batch::new();
             let vectors = load.vectors(&mut batch);
             let place = load.first * PAGE_SIZE;
@@ -274,6 +278,13 @@ impl Filler for Eager {
         target.run(&batch).map_err(failed)?;
         Ok(())
     }
+}
+
+/// Has the kernel fetch the pages of a load from the medium while those of another are copied.
+fn announce(reader: &dyn ImageReader, load: &Load) {
+    let (offset, length) = ((load.first * PAGE_SIZE) as i64, load.bytes() as i64);
+    // A hint: without it they are only fetched later.
+    let _ = posix_fadvise(reader.pages(), offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
 }
 
 /// Has the kernel back by huge pages what will be filled in whole: reading into them takes half the time of reading into
