@@ -290,11 +290,12 @@ mod tests {
         let fine = Visible(BTreeMap::from([
             fact("mapping 1000-2000", "rw-p 00:00 0  at 0x0"),
             fact("mapping 3000-4000", "r-xp 08:01 5 /a b at 0x0"),
-            fact("descriptor 3", "/a b pos:\t5 flags:\t02"),
+            fact("descriptor 3", "/a b at 5, flags 02"),
             fact("thread 7 SigBlk", "0"),
             fact("parent", "1"),
         ]));
-        let coarse = BTreeMap::from([fact("mapped /a b", ""), fact("descriptor 3", "/a b 02"), fact("parent", "1")]);
+        let coarse =
+            BTreeMap::from([fact("mapped /a b", ""), fact("descriptor 3", "/a b, flags 02"), fact("parent", "1")]);
         assert_eq!(fine.coarse(), Visible(coarse));
     }
 
