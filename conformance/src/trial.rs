@@ -241,7 +241,9 @@ impl Init<'_> {
             return (clients.prepare)(&self.dir).map_err(|failure| format!("preparing: {failure}"));
         }
         let begin = Instant::now();
-        while !self.dir.join(READY).exists() {
+        let marker = self.dir.join(READY);
+        // A shell's redirection has the file open for an instant more, which is not yet how the tree will look.
+        while !marker.exists() || is_open_anywhere(&marker) {
             self.reap();
             if let Some(status) = self.ended.get(&self.root) {
                 return Err(format!("the subject ended ({status}) before it was ready: {}", self.verdict()));
@@ -453,4 +455,11 @@ fn give_terminal(root: i32) -> std::io::Result<()> {
         result
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Whether a process, of those in this pid namespace, has a file open.
+fn is_open_anywhere(file: &Path) -> bool {
+    let tables = std::fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path().join("fd"));
+    let mut descriptors = tables.filter_map(|table| std::fs::read_dir(table).ok()).flatten().flatten();
+    descriptors.any(|descriptor| std::fs::read_link(descriptor.path()).is_ok_and(|link| link == file))
 }
