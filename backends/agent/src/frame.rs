@@ -16,6 +16,10 @@ const UC_STRICT_RESTORE_SS: u64 = 4;
 
 /// `sw_reserved` of the legacy area, where the frame says how much xsave state there is.
 const SOFTWARE_BYTES: usize = 464;
+/// `XSTATE_BV` of the header behind the legacy area: which components are not in their initial state.
+const COMPONENTS: usize = 512;
+/// The legacy area and the header.
+const SMALLEST_AREA: usize = 576;
 const FP_XSTATE_MAGIC1: u32 = 0x4650_5853;
 const FP_XSTATE_MAGIC2: u32 = 0x4650_5845;
 
@@ -24,18 +28,34 @@ pub fn size(xsave: usize) -> usize {
     SIZE.next_multiple_of(64) + 64 + xsave + 4
 }
 
+/// How much of an xsave area a frame carries: as far as the last component that is not in its initial state.
+///
+/// `rt_sigreturn` drops all but the SSE registers without a word when a frame says more than the thread's own buffer holds
+/// (`check_xstate_in_sigframe`), and that buffer has no room for a component that takes leave to use (AMX) before it is
+/// used. ptrace gives the area of all components.
+fn extent(xsave: &[u8]) -> usize {
+    let components = u64::from_ne_bytes(xsave[COMPONENTS..][..8].try_into().unwrap());
+    let ends = (2..64).filter(|component| components >> component & 1 == 1).map(|component| {
+        // The uncompacted layout is the CPU's own: CPUID leaf 13 gives size and offset of each component.
+        let leaf = std::arch::x86_64::__cpuid_count(13, component);
+        (leaf.ebx + leaf.eax) as usize
+    });
+    ends.max().unwrap_or(0).max(SMALLEST_AREA).min(xsave.len())
+}
+
 /// A `struct ucontext` to lie at `address`, with its xsave area behind it. `fs_base` and `gs_base` are not part of a frame.
 pub fn build(registers: &Registers, blocked: u64, address: u64) -> Vec<u8> {
     let mut frame = build_plain(&registers.general, blocked);
+    let xsave = &registers.xsave[..extent(&registers.xsave)];
     frame.resize(size(registers.xsave.len()), 0);
     let flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS;
     put(&mut frame, FLAGS, flags);
     let extended = (address as usize + SIZE).next_multiple_of(64) - address as usize;
     put(&mut frame, FP_STATE, address + extended as u64);
-    let size = registers.xsave.len() as u32;
-    frame[extended..][..registers.xsave.len()].copy_from_slice(&registers.xsave);
+    let size = xsave.len() as u32;
+    frame[extended..][..xsave.len()].copy_from_slice(xsave);
     // What ptrace has in the software bytes is the mask of features; the frame has it elsewhere.
-    let features: [u8; 8] = registers.xsave[SOFTWARE_BYTES..][..8].try_into().unwrap();
+    let features: [u8; 8] = xsave[SOFTWARE_BYTES..][..8].try_into().unwrap();
     let software = &mut frame[extended + SOFTWARE_BYTES..][..48];
     software.fill(0);
     software[0..4].copy_from_slice(&FP_XSTATE_MAGIC1.to_ne_bytes());

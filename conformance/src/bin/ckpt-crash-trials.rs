@@ -227,7 +227,12 @@ impl Program {
         let before = self.board.counts();
         loop {
             if self.board.failed.load(SeqCst) != 0 {
-                return Err(format!("the program found itself corrupted: {}", self.output()));
+                // It ends by itself then, and says what it found.
+                let _ = wait_for("its verdict", || {
+                    fs::read_to_string(self.path(VERDICT)).is_ok_and(|said| !said.is_empty())
+                });
+                let verdict = fs::read_to_string(self.path(VERDICT)).unwrap_or_default();
+                return Err(format!("the program found itself corrupted: {verdict} {}", self.output()));
             }
             let counts = self.board.counts();
             let still: Vec<usize> = (0..counts.len()).filter(|&index| counts[index] <= before[index]).collect();
