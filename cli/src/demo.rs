@@ -16,7 +16,7 @@ use anyhow::{Context, bail, ensure};
 use ckpt_core::Pid;
 use ckpt_core::procfs::ProcDir;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::{backends, human, output, sys};
 
@@ -183,9 +183,18 @@ impl Program {
     }
 
     fn reap(&mut self) -> anyhow::Result<WaitStatus> {
-        let status = waitpid(nix::unistd::Pid::from_raw(self.pid.0), None).context("waiting for the program")?;
-        self.alive = false;
-        Ok(status)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let pid = nix::unistd::Pid::from_raw(self.pid.0);
+            match waitpid(pid, Some(WaitPidFlag::WNOHANG)).context("waiting for the program")? {
+                WaitStatus::StillAlive if Instant::now() > deadline => bail!("the program does not end"),
+                WaitStatus::StillAlive => std::thread::sleep(Duration::from_millis(1)),
+                status => {
+                    self.alive = false;
+                    return Ok(status);
+                }
+            }
+        }
     }
 
     /// Asks it to end; returns what it found wrong.

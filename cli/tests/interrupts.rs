@@ -75,7 +75,7 @@ fn during_a_restore() {
             subject.assert_unharmed();
             fs::remove_dir_all(&image).unwrap();
             run(&mut dump(subject.pid, &image, &[])).assert_done();
-            nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(subject.pid.0), None).unwrap();
+            wait_for(subject.pid, None);
         } else {
             interrupted += usize::from(is_interrupted(&outcome));
             assert!(ProcDir::open(subject.pid).is_err(), "something of the tree is there: {outcome:?}");

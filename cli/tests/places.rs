@@ -164,7 +164,7 @@ fn a_port_in_use() {
     let port: u16 = fs::read_to_string(port_file).unwrap().parse().unwrap();
     let image = workshop.image();
     run(&mut dump(listener.pid(), &image, &[])).assert_done();
-    listener.0.wait().unwrap();
+    end_of(&mut listener.0);
     let other = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
     let outcome = run(&mut restore(&image));
     assert!(matches!(outcome.code(), Some(FAILED | REFUSED)), "{outcome:#?}");

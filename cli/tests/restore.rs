@@ -13,7 +13,7 @@ fn dumped_script(workshop: &Workshop, first: &str, second: &str) -> Pid {
     let mut shell = Companion::shell(&format!("{first}; true >ready; {second}"), workshop.path());
     wait_until("the script is ready", || workshop.path().join("ready").exists());
     run(&mut dump(shell.pid(), &workshop.image(), &[])).assert_done();
-    assert!(!shell.0.wait().unwrap().success(), "it was killed");
+    assert!(!end_of(&mut shell.0).success(), "it was killed");
     shell.pid()
 }
 

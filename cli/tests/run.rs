@@ -116,7 +116,7 @@ fn in_the_background() {
     assert_eq!(fs::read_to_string(workshop.path().join("pid")).unwrap(), format!("{pid}\n"));
     assert!(ProcDir::open(Pid(pid)).is_ok());
     kill(Pid(pid), libc::SIGKILL);
-    nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+    wait_for(Pid(pid), None);
 }
 
 #[test]

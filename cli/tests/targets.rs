@@ -16,7 +16,7 @@ use common::*;
 fn no_such_process() {
     let workshop = Workshop::new();
     let mut ended = Command::new("/bin/true").spawn().unwrap();
-    ended.wait().unwrap();
+    end_of(&mut ended);
     run(&mut dump(Pid(ended.id() as i32), &workshop.image(), &[])).assert_error(FAILED, &["no process"]);
     workshop.assert_no_image();
 }
@@ -79,7 +79,7 @@ fn a_zombie() {
     wait_until("it is a zombie", || ProcDir::open(pid).unwrap().stat_line().unwrap().state == 'Z');
     run(&mut dump(pid, &workshop.image(), &[])).assert_error(REFUSED, &["zombie"]);
     workshop.assert_no_image();
-    assert!(ended.wait().unwrap().success(), "its status is still there for its parent");
+    assert!(end_of(&mut ended).success(), "its status is still there for its parent");
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn a_target_that_exits_meanwhile() {
             assert_eq!(outcome.errors.len(), 1, "{outcome:#?}");
         }
         workshop.assert_no_image();
-        assert_eq!(ending.0.wait().unwrap().code(), Some(7), "it ended otherwise than it wanted");
+        assert_eq!(end_of(&mut ending.0).code(), Some(7), "it ended otherwise than it wanted");
     }
 }
 

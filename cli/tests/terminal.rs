@@ -83,7 +83,13 @@ impl Drop for Screen {
     fn drop(&mut self) {
         // The shell hangs up its jobs.
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.shell.id() as i32), nix::sys::signal::SIGHUP);
-        let _ = self.shell.wait();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while matches!(self.shell.try_wait(), Ok(None)) {
+            if std::time::Instant::now() > deadline {
+                let _ = self.shell.kill();
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
     }
 }
 

@@ -211,7 +211,7 @@ impl Subject {
 
     /// It is gone, as after a dump.
     pub fn reap(&mut self) {
-        self.child.take().expect("a child").wait().unwrap();
+        end_of(&mut self.child.take().expect("a child"));
     }
 
     /// It is back.
@@ -242,14 +242,33 @@ fn is_ours(parent: Pid) -> bool {
     parent.0 as u32 == std::process::id()
 }
 
-fn wait_for(pid: Pid, child: Option<Child>) -> Option<i32> {
+/// Waits for a process of ours, with a deadline. Gives its exit code, if it has one.
+pub fn wait_for(pid: Pid, child: Option<Child>) -> Option<i32> {
     if let Some(mut child) = child {
-        return child.wait().unwrap().code();
+        return end_of(&mut child).code();
     }
-    match nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid.0), None) {
-        Ok(nix::sys::wait::WaitStatus::Exited(_, code)) => Some(code),
-        _ => None,
-    }
+    let mut code = None;
+    wait_until("an adopted process ends", || {
+        use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+        match waitpid(nix::unistd::Pid::from_raw(pid.0), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => return false,
+            Ok(WaitStatus::Exited(_, status)) => code = Some(status),
+            _ => {}
+        }
+        true
+    });
+    code
+}
+
+/// Waits for a child, with a deadline.
+#[track_caller]
+pub fn end_of(child: &mut Child) -> ExitStatus {
+    let mut status = None;
+    wait_until("a child ends", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.expect("it ended")
 }
 
 pub fn kill(pid: Pid, signal: i32) {
@@ -282,7 +301,7 @@ impl Drop for Companion {
     fn drop(&mut self) {
         // It leads its session: its children, if any, are in its group.
         let _ = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(self.0.id() as i32), nix::sys::signal::SIGKILL);
-        let _ = self.0.wait();
+        end_of(&mut self.0);
     }
 }
 
