@@ -358,8 +358,11 @@ impl Target for FakeTarget {
     fn proc(&self) -> &ProcDir {
         self.peek().proc()
     }
-    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
-        self.inner().run_on(thread, batch)
+    fn start(&mut self, thread: usize, batch: &Batch) -> Result<(), TargetError> {
+        self.inner().start(thread, batch)
+    }
+    fn finish(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
+        self.inner().finish(thread, batch)
     }
     fn read(&mut self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError> {
         self.inner().read(from, buffer)
@@ -372,6 +375,12 @@ impl Target for FakeTarget {
     }
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
         self.inner().fds_in(fds)
+    }
+    fn receive_fd(&self, batch: &mut Batch) -> Result<Arg, TargetError> {
+        self.peek().receive_fd(batch)
+    }
+    fn send_fd(&mut self, fd: BorrowedFd<'_>) -> Result<(), TargetError> {
+        self.inner().send_fd(fd)
     }
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {
         self.inner().fds_done(fds)
@@ -433,7 +442,10 @@ impl Target for Placeholder {
     fn proc(&self) -> &ProcDir {
         unreachable!("a borrowed target")
     }
-    fn run_on(&mut self, _: usize, _: &Batch) -> Result<Replies, TargetError> {
+    fn start(&mut self, _: usize, _: &Batch) -> Result<(), TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn finish(&mut self, _: usize, _: &Batch) -> Result<Replies, TargetError> {
         unreachable!("a borrowed target")
     }
     fn read(&mut self, _: RemotePtr, _: &mut [u8]) -> Result<(), TargetError> {
@@ -446,6 +458,12 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn fds_in(&mut self, _: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn receive_fd(&self, _: &mut Batch) -> Result<Arg, TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn send_fd(&mut self, _: BorrowedFd<'_>) -> Result<(), TargetError> {
         unreachable!("a borrowed target")
     }
     fn fds_done(&mut self, _: &[RemoteFd]) -> Result<(), TargetError> {

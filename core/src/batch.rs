@@ -48,6 +48,8 @@ pub enum Arg {
     Address(Slot),
     /// What an earlier call of the same batch returned.
     Result(CallId),
+    /// The 32-bit word (a descriptor number, say) that is at the beginning of a slot when the call is made.
+    Loaded(Slot),
 }
 
 macro_rules! arg_from_integer {

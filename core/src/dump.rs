@@ -7,9 +7,9 @@ use crate::error::{DumpError, Refusal};
 use crate::host;
 use crate::image::{Image, Process, Thread};
 use crate::progress::{Meter, Phase, Progress};
+use crate::resource::questions::Questions;
 use crate::resource::{
-    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks,
-    threads, timers,
+    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks, timers,
 };
 use crate::store::ImageWriter;
 use crate::target::{Pid, Target};
@@ -80,7 +80,7 @@ pub fn examine(dumper: &dyn Dumper, root: Pid, options: &DumpOptions) -> Result<
     }
 }
 
-fn interruption() -> Result<(), DumpError> {
+pub(crate) fn interruption() -> Result<(), DumpError> {
     if INTERRUPTED.load(Ordering::Relaxed) { Err(DumpError::Interrupted) } else { Ok(()) }
 }
 
@@ -95,31 +95,39 @@ fn collect(
     let zombies = frozen.zombies().to_vec();
     let mut refusals = Vec::new();
     let targets = frozen.targets();
+    // All processes find their answers at the same time, and while we look at what needs none of them.
+    let questions: Vec<Questions> =
+        targets.iter_mut().map(|target| Questions::start(&mut **target)).collect::<Result<_, _>>()?;
     tasks::examine(targets, &tasks, &zombies, options, &mut refusals)?;
+    let answers = targets.iter_mut().zip(questions).map(|(target, questions)| questions.finish(&mut **target));
+    let answers: Vec<_> = answers.collect::<Result<_, _>>()?;
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
         descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());
-    for (target, task) in targets.iter_mut().zip(tasks) {
+    for ((target, task), (asked, answers)) in targets.iter_mut().zip(tasks).zip(&answers) {
         interruption()?;
-        let answers = threads::ask(&mut **target)?;
         let mut context = Collect {
             target: &mut **target,
             thread: 0,
             options,
             refusals: &mut refusals,
-            answers: &answers,
+            asked,
+            answers,
+            has_timers: false,
             resource: tasks::NAME,
         };
+        // Before the signals: a timer that fires now is found pending.
+        let timers = context.collect::<timers::ProcessTimers>()?;
+        context.has_timers = !timers.posix.is_empty();
         processes.push(Process {
             task: task.task,
             stopped: task.stopped,
             descriptors: tables.next().expect("a table for each process"),
             filesystem: context.collect::<filesystem::ProcessFilesystem>()?,
-            // Before the signals: a timer that fires now is found pending.
-            timers: context.collect::<timers::ProcessTimers>()?,
+            timers,
             limits: context.collect::<limits::ResourceLimits>()?,
             attributes: context.collect::<attributes::Attributes>()?,
             threads: collect_threads(&mut context)?,
@@ -154,10 +162,7 @@ fn write_content(
     progress: &mut dyn Progress,
 ) -> Result<(), DumpError> {
     let mut meter = Meter::new(progress, Phase::WritePages, None);
-    for (target, process) in targets.iter_mut().zip(&mut image.processes) {
-        interruption()?;
-        memory::write_pages(&mut **target, &mut process.memory, store, &mut meter)?;
-    }
+    memory::write_pages(targets, &mut image.processes, store, &mut meter)?;
     image.memory_objects = objects.write(store, &mut meter)?;
     image.deleted_files = objects.deleted.write(store)?;
     Ok(())

@@ -5,7 +5,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use crate::batch::{Batch, Replies, Sysno};
+use crate::batch::{Arg, Batch, Replies, Sysno};
 use crate::procfs::ProcDir;
 
 /// A process or thread id, in the pid namespace that the tree and ckpt share.
@@ -187,7 +187,20 @@ pub trait Target: Send + std::any::Any {
     }
 
     /// Runs a batch on one thread, for what the kernel keeps by thread.
-    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError>;
+    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
+        self.start(thread, batch)?;
+        self.finish(thread, batch)
+    }
+
+    /// Has a thread begin with a batch, and does not wait for it. [`finish`](Target::finish) of the same thread comes next:
+    /// meanwhile there is time for other targets and other threads.
+    fn start(&mut self, thread: usize, batch: &Batch) -> Result<(), TargetError>;
+
+    /// Waits until a thread has run the batch that it was [started](Target::start) on.
+    ///
+    /// # Errors
+    /// As [`run_on`](Target::run_on).
+    fn finish(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError>;
 
     /// Reads the target's memory.
     fn read(&mut self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError>;
@@ -201,6 +214,14 @@ pub trait Target: Send + std::any::Any {
     /// Copies descriptors of ours into the target, close-on-exec, with numbers from
     /// [`Footprint::spare_fds`] on, where no number of the program's is.
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError>;
+
+    /// Adds the calls that take one descriptor of ours, which [`send_fd`](Target::send_fd) sends once the batch has been
+    /// started. What it returns stands for its number in later calls of the batch, the last of which has to close it. Should
+    /// we be lost before it is sent, it stands for no descriptor.
+    fn receive_fd(&self, batch: &mut Batch) -> Result<Arg, TargetError>;
+
+    /// Sends what a batch that was started on the main thread waits for.
+    fn send_fd(&mut self, fd: BorrowedFd<'_>) -> Result<(), TargetError>;
 
     /// Closes descriptors that [`fds_in`](Target::fds_in) brought.
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError>;

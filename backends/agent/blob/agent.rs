@@ -114,6 +114,9 @@ unsafe fn run(lane: *mut Lane) {
                 if (*call).results & (1 << n) != 0 {
                     args[n] = (*calls.add(args[n] as usize)).result as u64;
                 }
+                if (*call).loads & (1 << n) != 0 {
+                    args[n] = *(args[n] as *const i32) as u64;
+                }
                 n += 1;
             }
             let result = if (*call).number == CHECKSUM_PAGES {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ckpt_core::batch::{Arg, Batch, Operation, Replies, Sysno};
+use ckpt_core::batch::{Arg, Batch, Operation, Replies, Slot, Sysno};
 use ckpt_core::{Pid, RemoteFd, TargetError, args};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -40,6 +40,9 @@ pub struct Channel {
 
 /// Longest time that one batch may take. Batches are cut so that a slow disk needs a few seconds for one.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// `struct cmsghdr`.
+const CONTROL_HEAD: usize = 16;
 
 impl Channel {
     /// Prepares a lane at `offset` of the region, which the target has at `base`.
@@ -188,16 +191,28 @@ impl Channel {
         batch: &Batch,
         idle: &mut dyn FnMut() -> Result<(), TargetError>,
     ) -> Result<Replies, TargetError> {
+        self.send(batch)?;
+        self.finish(batch, idle)
+    }
+
+    /// Waits for the end of a batch that was sent.
+    pub fn finish(
+        &mut self,
+        batch: &Batch,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Replies, TargetError> {
         if batch.is_empty() {
             return Ok(Replies::new(Vec::new(), batch.initial_bytes().to_vec()));
         }
-        self.send(batch)?;
         self.wait(idle)?;
         self.replies(batch)
     }
 
-    /// Lays a batch out and wakes the agent.
+    /// Lays a batch out and wakes the agent, if there is anything to do for it.
     pub fn send(&mut self, batch: &Batch) -> Result<(), TargetError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
         let layout = self.kind.layout();
         let (calls, bytes) = (batch.len(), batch.initial_bytes().len());
         if calls > layout.max_calls || bytes > layout.max_bytes {
@@ -235,7 +250,7 @@ impl Channel {
             memory.put(bytes_at + at, bytes_address + slot.offset() as u64);
         }
         let in_target = |call: &ckpt_core::batch::Call| {
-            let mut results = 0;
+            let (mut results, mut loads) = (0, 0);
             let mut args = [0; 6];
             for (n, arg) in call.args.iter().enumerate() {
                 args[n] = match *arg {
@@ -245,13 +260,17 @@ impl Channel {
                         results |= 1 << n;
                         id.index() as u64
                     }
+                    Arg::Loaded(slot) => {
+                        loads |= 1 << n;
+                        bytes_address + slot.offset() as u64
+                    }
                 };
             }
             let number = match call.operation {
                 Operation::System(number) => number as u32,
                 Operation::ChecksumPages => CHECKSUM_PAGES,
             };
-            Call { number, flags: if call.may_fail { MAY_FAIL } else { 0 }, results, args, result: 0 }
+            Call { number, flags: if call.may_fail { MAY_FAIL } else { 0 }, results, loads, args, result: 0 }
         };
         batch.calls().iter().map(in_target).collect()
     }
@@ -347,39 +366,60 @@ impl Channel {
         Ok(all)
     }
 
-    fn fds_in_once(
-        &mut self,
-        fds: &[BorrowedFd<'_>],
-        spare: i32,
-        idle: &mut dyn FnMut() -> Result<(), TargetError>,
-    ) -> Result<Vec<RemoteFd>, TargetError> {
-        let Wait::Socket { ours, theirs } = &self.wait else {
+    /// Adds the call that takes one descriptor. The argument stands for its number; for none, if nothing was sent.
+    pub fn receive_one(&self, batch: &mut Batch) -> Result<Arg, TargetError> {
+        Ok(Arg::Loaded(self.receive(batch, 1)?.after(CONTROL_HEAD)))
+    }
+
+    /// Adds the call that takes descriptors, and gives its control message: their numbers come after its head.
+    fn receive(&self, batch: &mut Batch, count: usize) -> Result<Slot, TargetError> {
+        let Wait::Socket { theirs, .. } = &self.wait else {
             return Err(self.driver_error("passing descriptors to a thread", io::ErrorKind::Unsupported.into()));
         };
         // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags
-        let mut batch = Batch::new();
-        let control_size = 16 + fds.len().next_multiple_of(2) * 4;
-        let (byte, control) = (batch.room(1), batch.room(control_size));
+        let control_size = CONTROL_HEAD + count.next_multiple_of(2) * 4;
+        let byte = batch.room(1);
+        let mut nothing = vec![0xff; control_size];
+        nothing[..CONTROL_HEAD].fill(0);
+        let control = batch.bytes(&nothing);
         let vector = batch.words(&[0, 1]);
         batch.pointer(vector, 0, byte);
         let message = batch.words(&[0, 0, 0, 1, 0, control_size as u64, 0]);
         batch.pointer(message, 16, vector);
         batch.pointer(message, 32, control);
         batch.call(Sysno::recvmsg, args![*theirs, message, libc::MSG_CMSG_CLOEXEC]);
+        Ok(control)
+    }
+
+    /// Sends what [`receive_one`](Channel::receive_one) takes.
+    pub fn pass(&self, fds: &[BorrowedFd<'_>]) -> Result<(), TargetError> {
+        let Wait::Socket { ours, .. } = &self.wait else {
+            return Err(self.driver_error("passing descriptors to a thread", io::ErrorKind::Unsupported.into()));
+        };
         let raw: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-        let ours = ours.as_raw_fd();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let sent = sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"f")], &rights, MsgFlags::MSG_NOSIGNAL, None);
+        sent.map(drop).map_err(|_| TargetError::Gone { pid: self.pid })
+    }
+
+    fn fds_in_once(
+        &mut self,
+        fds: &[BorrowedFd<'_>],
+        spare: i32,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Vec<RemoteFd>, TargetError> {
+        let mut batch = Batch::new();
+        let control = self.receive(&mut batch, fds.len())?;
         self.send(&batch)?;
-        sendmsg::<()>(ours, &[IoSlice::new(b"f")], &[ControlMessage::ScmRights(&raw)], MsgFlags::MSG_NOSIGNAL, None)
-            .map_err(|_| TargetError::Gone { pid: self.pid })?;
-        self.wait(idle)?;
-        let replies = self.replies(&batch)?;
-        let got = (replies.u64(control) as usize).saturating_sub(16) / 4;
+        self.pass(fds)?;
+        let replies = self.finish(&batch, idle)?;
+        let got = (replies.u64(control) as usize).saturating_sub(CONTROL_HEAD) / 4;
         if got != fds.len() {
             return Err(self.driver_error("passing descriptors", Errno::EMFILE.into()));
         }
         let mut batch = Batch::new();
         let mut lifted = Vec::with_capacity(fds.len());
-        for word in replies.bytes(control)[16..].chunks_exact(4).take(got) {
+        for word in replies.bytes(control)[CONTROL_HEAD..].chunks_exact(4).take(got) {
             let low = i32::from_ne_bytes(word.try_into().unwrap());
             if low >= spare {
                 lifted.push(Err(low));

@@ -33,7 +33,9 @@ pub struct Call {
     pub number: u32,
     pub flags: u16,
     /// Bit `n` set: argument `n` is the index of an earlier call, whose result it takes.
-    pub results: u16,
+    pub results: u8,
+    /// Bit `n` set: argument `n` is the address of a 32-bit word, whose value it takes.
+    pub loads: u8,
     pub args: [u64; 6],
     pub result: i64,
 }

@@ -9,7 +9,7 @@ use ckpt_agent::protocol::CODE_SIZE;
 use ckpt_agent::{Channel, LaneKind, Region, Wait};
 use ckpt_core::args;
 use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
-use ckpt_core::batch::{Batch, Replies, Sysno};
+use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
@@ -315,21 +315,27 @@ impl Target for FrozenTarget {
         &self.process.proc
     }
 
+    /// On the thread that the agent runs in, whichever that is.
     fn run(&mut self, batch: &Batch) -> Result<Replies, TargetError> {
-        let tracee = &self.tracees[self.host];
-        self.channel.run(batch, &mut || keep_running(tracee, self.tids[0]))
+        self.run_on(self.host, batch)
     }
 
-    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
+    fn start(&mut self, thread: usize, batch: &Batch) -> Result<(), TargetError> {
         if thread == self.host {
-            return self.run(batch);
+            return self.channel.send(batch);
         }
         let lane = match self.lanes.iter().position(|(known, _)| *known == thread) {
             Some(lane) => lane,
             None => self.enter_lane(thread).map_err(|error| self.driver_error("entering a thread", error))?,
         };
+        self.lanes[lane].1.send(batch)
+    }
+
+    fn finish(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
         let (pid, tracee) = (self.tids[thread], &self.tracees[thread]);
-        self.lanes[lane].1.run(batch, &mut || keep_running(tracee, pid))
+        let lane = self.lanes.iter_mut().find(|(known, _)| *known == thread);
+        let channel = lane.map_or(&mut self.channel, |(_, lane)| lane);
+        channel.finish(batch, &mut || keep_running(tracee, pid))
     }
 
     fn read(&mut self, from: RemotePtr, buffer: &mut [u8]) -> Result<(), TargetError> {
@@ -349,6 +355,14 @@ impl Target for FrozenTarget {
         self.borrowed.extend(&brought);
         self.channel.set_borrowed(&self.borrowed);
         Ok(brought)
+    }
+
+    fn receive_fd(&self, batch: &mut Batch) -> Result<Arg, TargetError> {
+        self.channel.receive_one(batch)
+    }
+
+    fn send_fd(&mut self, fd: BorrowedFd<'_>) -> Result<(), TargetError> {
+        self.channel.pass(&[fd])
     }
 
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {

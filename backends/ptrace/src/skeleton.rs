@@ -14,7 +14,7 @@ use std::time::Duration;
 use ckpt_agent::process::Process;
 use ckpt_agent::{Channel, LaneKind, Region, Wait, frame};
 use ckpt_core::backend::Skeleton;
-use ckpt_core::batch::{Batch, Replies, Sysno};
+use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{self, Image, Task};
 use ckpt_core::procfs::{Mapping, ProcDir};
@@ -588,11 +588,15 @@ impl Target for SkeletonTarget {
         &self.process().proc
     }
 
-    fn run_on(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
+    fn start(&mut self, thread: usize, batch: &Batch) -> Result<(), TargetError> {
+        self.channels[thread].send(batch)
+    }
+
+    fn finish(&mut self, thread: usize, batch: &Batch) -> Result<Replies, TargetError> {
         let process = self.process.as_ref().expect("the process was made");
         let pid = self.tids[0];
         // A thread's lane does not notice that its process has ended.
-        self.channels[thread].run(batch, &mut || {
+        self.channels[thread].finish(batch, &mut || {
             let mut ended = [PollFd::new(process.pidfd().as_fd(), PollFlags::POLLIN)];
             match poll(&mut ended, PollTimeout::ZERO) {
                 Ok(1..) => Err(TargetError::Gone { pid }),
@@ -616,6 +620,14 @@ impl Target for SkeletonTarget {
     fn fds_in(&mut self, fds: &[BorrowedFd<'_>]) -> Result<Vec<RemoteFd>, TargetError> {
         let spare = self.footprint().spare_fds;
         self.channels[0].fds_in(fds, spare, &mut || Ok(()))
+    }
+
+    fn receive_fd(&self, batch: &mut Batch) -> Result<Arg, TargetError> {
+        self.channels[0].receive_one(batch)
+    }
+
+    fn send_fd(&mut self, fd: BorrowedFd<'_>) -> Result<(), TargetError> {
+        self.channels[0].pass(&[fd])
     }
 
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {

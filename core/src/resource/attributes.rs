@@ -15,7 +15,7 @@ use std::io::Write;
 use nix::fcntl::OFlag;
 
 use crate::args;
-use crate::batch::{Batch, Sysno};
+use crate::batch::{Batch, CallId, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::ourselves::{Capability, ourselves};
 use crate::procfs::ProcDir;
@@ -71,6 +71,33 @@ const PF_MCE_PROCESS: u64 = 0x80;
 const PF_MCE_EARLY: u64 = 0x0800_0000;
 const PF_IO_FLUSHER: u64 = 0x0008_0000 | 0x0010_0000;
 
+/// The calls that ask for the settings of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    dumpable: CallId,
+    subreaper: Slot,
+    huge_pages: CallId,
+    merge: CallId,
+    deny: CallId,
+    features: Slot,
+    has_features: CallId,
+}
+
+pub fn ask(batch: &mut Batch) -> Asked {
+    let (subreaper, features) = (batch.room(8), batch.room(8));
+    batch.call(Sysno::prctl, args![PR_GET_CHILD_SUBREAPER, subreaper]);
+    Asked {
+        dumpable: batch.call(Sysno::prctl, args![PR_GET_DUMPABLE]),
+        subreaper,
+        // What the kernel is too old for, nobody has set.
+        huge_pages: batch.try_call(Sysno::prctl, args![PR_GET_THP_DISABLE, 0, 0, 0, 0]),
+        merge: batch.try_call(Sysno::prctl, args![PR_GET_MEMORY_MERGE, 0, 0, 0, 0]),
+        deny: batch.try_call(Sysno::prctl, args![PR_GET_MDWE, 0, 0, 0, 0]),
+        features,
+        has_features: batch.try_call(Sysno::arch_prctl, args![ARCH_GET_XCOMP_PERM, features]),
+    }
+}
+
 /// Settings of a process.
 pub struct Attributes;
 
@@ -81,17 +108,8 @@ impl Resource for Attributes {
 
     fn collect(context: &mut Collect<'_>) -> Result<Process, DumpError> {
         refuse_lost(context)?;
-        let mut batch = Batch::new();
-        let dumpable = batch.call(Sysno::prctl, args![PR_GET_DUMPABLE]);
-        let subreaper = batch.room(8);
-        batch.call(Sysno::prctl, args![PR_GET_CHILD_SUBREAPER, subreaper]);
-        // What the kernel is too old for, nobody has set.
-        let huge_pages = batch.try_call(Sysno::prctl, args![PR_GET_THP_DISABLE, 0, 0, 0, 0]);
-        let merge = batch.try_call(Sysno::prctl, args![PR_GET_MEMORY_MERGE, 0, 0, 0, 0]);
-        let deny = batch.try_call(Sysno::prctl, args![PR_GET_MDWE, 0, 0, 0, 0]);
-        let features = batch.room(8);
-        let asked = batch.try_call(Sysno::arch_prctl, args![ARCH_GET_XCOMP_PERM, features]);
-        let replies = context.run(&batch)?;
+        let Asked { dumpable, subreaper, huge_pages, merge, deny, features, has_features } = context.asked.attributes;
+        let replies = &context.asked.replies;
         let proc = context.target.proc();
         let number = |name: &str, radix| {
             let text = proc.text(name).map_err(|source| context.io_error(name, source))?;
@@ -106,7 +124,7 @@ impl Resource for Attributes {
             huge_pages_disabled: replies.result(huge_pages).unwrap_or(0) as u32,
             memory_merge: replies.result(merge).unwrap_or(0) != 0,
             deny_write_execute: replies.result(deny).unwrap_or(0) as u32,
-            cpu_features: replies.result(asked).map_or(0, |_| replies.u64(features) & DYNAMIC_FEATURES),
+            cpu_features: replies.result(has_features).map_or(0, |_| replies.u64(features) & DYNAMIC_FEATURES),
         })
     }
 

@@ -39,8 +39,7 @@ impl Resource for ProcessFilesystem {
         let ours = nix::sys::stat::stat("/")
             .map_err(|errno| DumpError::Io { what: "the root directory of ckpt".into(), source: errno.into() })?;
         let chrooted = (root.identity.device, root.identity.inode) != (ours.st_dev, ours.st_ino);
-        let status = context.target.proc().status().map_err(|source| context.io_error("status", source))?;
-        let umask = status.field("Umask").and_then(|umask| u32::from_str_radix(umask, 8).ok());
+        let umask = context.answers[0].status.field("Umask").and_then(|umask| u32::from_str_radix(umask, 8).ok());
         let umask = umask.ok_or_else(|| {
             context
                 .io_error("status shows no Umask: the kernel is older than 4.7", std::io::ErrorKind::Unsupported.into())

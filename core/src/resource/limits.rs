@@ -5,7 +5,7 @@
 //! What is counted against them is not saved but counted anew: CPU time begins at zero.
 
 use crate::args;
-use crate::batch::{Batch, Sysno};
+use crate::batch::{Batch, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::ourselves::{Capability, ourselves};
 use crate::resource::{Check, Collect, OfProcess, Rebuild, Resource};
@@ -54,12 +54,9 @@ impl Resource for ResourceLimits {
     type Saved = Limits;
 
     fn collect(context: &mut Collect<'_>) -> Result<Limits, DumpError> {
-        // Asked inside: prlimit(2) on a process of other ids needs CAP_SYS_RESOURCE.
-        let mut batch = Batch::new();
-        let asked = get_all(&mut batch);
-        let replies = context.run(&batch)?;
-        let limits = asked.map(|limit| {
-            let words = replies.words(limit);
+        let asked = context.asked;
+        let limits = asked.limits.map(|limit| {
+            let words = asked.replies.words(limit);
             Limit { soft: words[0], hard: words[1] }
         });
         Ok(Limits { limits: limits.to_vec() })
@@ -92,7 +89,11 @@ impl Resource for ResourceLimits {
     }
 }
 
-fn get_all(batch: &mut Batch) -> [crate::batch::Slot; 16] {
+/// A `struct rlimit` for each limit.
+pub type Asked = [Slot; 16];
+
+/// Asked inside: prlimit(2) on a process of other ids needs CAP_SYS_RESOURCE.
+pub fn ask(batch: &mut Batch) -> Asked {
     std::array::from_fn(|number| {
         let limit = batch.room(16);
         batch.call(Sysno::prlimit64, args![0, number, 0, limit]);
@@ -109,7 +110,7 @@ pub fn relax(target: &mut dyn Target) -> Result<(), RestoreError> {
     let pid = target.pid();
     let error = |source: TargetError| RestoreError::Target { resource: ResourceLimits::NAME, pid, source };
     let mut batch = Batch::new();
-    let asked = get_all(&mut batch);
+    let asked = ask(&mut batch);
     let replies = target.run(&batch).map_err(error)?;
     let mut batch = Batch::new();
     for (number, limit) in asked.into_iter().enumerate() {

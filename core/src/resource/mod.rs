@@ -19,6 +19,7 @@ pub mod locks;
 pub mod memfds;
 pub mod memory;
 pub mod pipes;
+pub mod questions;
 pub mod scheduling;
 pub mod signalfd;
 pub mod signals;
@@ -109,8 +110,12 @@ pub struct Collect<'a> {
     pub thread: usize,
     pub options: &'a DumpOptions,
     pub refusals: &'a mut Vec<Refusal>,
-    /// What was asked about each thread, once for all kinds ([`threads::ask`]).
+    /// What was asked of the process, once for all kinds.
+    pub asked: &'a questions::Asked,
+    /// What was asked about each thread, once for all kinds.
     pub answers: &'a [threads::Answers],
+    /// It has POSIX timers: signals can come while it is frozen.
+    pub has_timers: bool,
     /// The section being collected.
     pub resource: &'static str,
 }
@@ -123,7 +128,9 @@ impl Collect<'_> {
             thread: self.thread,
             options: self.options,
             refusals: &mut *self.refusals,
+            asked: self.asked,
             answers: self.answers,
+            has_timers: self.has_timers,
             resource,
         }
     }

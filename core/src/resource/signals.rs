@@ -10,7 +10,7 @@
 //! Not kept: which of several threads the kernel would have chosen for a signal of the shared queue.
 
 use crate::args;
-use crate::batch::{Batch, Sysno};
+use crate::batch::{Batch, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::image;
 use crate::resource::{Check, Collect, OfProcess, OfThread, Rebuild, Resource, timers};
@@ -75,6 +75,18 @@ fn catchable() -> impl Iterator<Item = i32> {
     (1..=SIGNALS).filter(|&signal| signal != libc::SIGKILL && signal != libc::SIGSTOP)
 }
 
+/// A `struct kernel_sigaction` for each signal that can be caught.
+pub type Asked = Vec<(i32, Slot)>;
+
+pub fn ask(batch: &mut Batch) -> Asked {
+    let ask = |signal| {
+        let action = batch.room(32);
+        batch.call(Sysno::rt_sigaction, args![signal, 0, action, SIGSET_SIZE]);
+        (signal, action)
+    };
+    catchable().map(ask).collect()
+}
+
 /// Actions, and the pending signals of the process.
 pub struct ProcessSignals;
 
@@ -84,22 +96,19 @@ impl Resource for ProcessSignals {
     type Saved = Process;
 
     fn collect(context: &mut Collect<'_>) -> Result<Process, DumpError> {
-        let mut batch = Batch::new();
-        let asked: Vec<_> = catchable()
-            .map(|signal| {
-                let action = batch.room(32);
-                batch.call(Sysno::rt_sigaction, args![signal, 0, action, SIGSET_SIZE]);
-                (signal, action)
-            })
-            .collect();
-        let replies = context.run(&batch)?;
-        let actions = asked.into_iter().filter_map(|(signal, action)| {
-            let words = replies.words(action);
+        let asked = context.asked;
+        let actions = asked.actions.iter().filter_map(|&(signal, action)| {
+            let words = asked.replies.words(action);
             let action = Action { signal, handler: words[0], flags: words[1], restorer: words[2], mask: words[3] };
             (words != [0; 4]).then_some(action)
         });
         let actions = actions.collect();
-        let pending = context.target.pending(Queue::Shared).map_err(|source| context.target_error(source))?;
+        // Asked now, after the timers. To look at a queue takes a stop, to see that it is empty does not.
+        let status = context.target.proc().status().map_err(|source| context.io_error("status", source))?;
+        let pending = match status.mask("ShdPnd") {
+            Some(0) => Vec::new(),
+            _ => context.target.pending(Queue::Shared).map_err(|source| context.target_error(source))?,
+        };
         Ok(Process { actions, pending })
     }
 
@@ -170,8 +179,9 @@ impl Resource for ThreadSignals {
             size,
             autodisarm: flags & SS_AUTODISARM != 0,
         });
+        // Timers are asked after the answers, and may have sent a signal since.
         let pending = match context.answers().status.mask("SigPnd") {
-            Some(0) => Vec::new(),
+            Some(0) if !context.has_timers => Vec::new(),
             _ => {
                 let queue = Queue::Thread(context.thread);
                 context.target.pending(queue).map_err(|source| context.target_error(source))?

@@ -1,7 +1,8 @@
 //! What the kernel keeps by thread, asked once for all kinds with as few round trips as it allows.
 //!
 //! Three ways lead to it, the cheaper first: `/proc/PID/task/TID` is read by us; calls that take a thread id run on the
-//! main thread, for many threads in one batch; and only what a thread alone can be asked runs on it, in one batch.
+//! main thread, for many threads in one batch; and only what a thread alone can be asked runs on it, in one batch, while
+//! others run theirs.
 
 use std::io;
 
@@ -10,7 +11,7 @@ use crate::batch::{Batch, CallId, Replies, Slot, Sysno};
 use crate::error::DumpError;
 use crate::ourselves::ourselves;
 use crate::procfs::{self, Stat, Status};
-use crate::target::{Pid, RemotePtr, Target};
+use crate::target::{Pid, RemotePtr, Target, TargetError};
 
 /// What is known of one thread.
 #[derive(Clone, Debug)]
@@ -83,41 +84,96 @@ const IOPRIO_WHO_PROCESS: i32 = 1;
 /// `prctl` of these looks at a single thread.
 const PIDTYPE_PID: i32 = 0;
 
-/// How many threads one batch of the main thread is about.
-const THREADS_A_BATCH: usize = 64;
+/// How many threads one batch of the main thread is about, and how many are asked at once.
+pub const THREADS_AT_ONCE: usize = 64;
 
-/// Asks about every thread of a frozen process, or of a skeleton.
-pub fn ask(target: &mut dyn Target) -> Result<Vec<Answers>, DumpError> {
-    let tids = target.threads().to_vec();
-    let mut all = Vec::with_capacity(tids.len());
-    for chunk in tids.chunks(THREADS_A_BATCH) {
-        let mut batch = Batch::new();
-        let asked: Vec<ByMain> = chunk.iter().map(|&tid| ByMain::ask(&mut batch, tid)).collect();
-        let by_main = run(target, None, &batch)?;
-        for (&tid, asked) in chunk.iter().zip(asked) {
-            all.push(ask_one(target, tid, all.first(), &asked, &by_main, all.len())?);
-        }
-    }
-    Ok(all)
+/// What the main thread is asked of the first threads of a process: with the questions of other kinds, in their batch.
+pub struct Asked {
+    by_main: Vec<ByMain>,
+    main: Own,
 }
 
-/// Asks about the main thread only.
+impl Asked {
+    pub fn ask(target: &dyn Target, batch: &mut Batch) -> Asked {
+        let tids = &target.threads()[..THREADS_AT_ONCE.min(target.threads().len())];
+        let by_main = tids.iter().map(|&tid| ByMain::ask(batch, tid)).collect();
+        Asked { by_main, main: Own::ask(batch, Known::default(), None) }
+    }
+
+    /// The answers of every thread, the main thread's first. Those of the others are asked now.
+    pub fn answers(&self, target: &mut dyn Target, replies: &Replies) -> Result<Vec<Answers>, DumpError> {
+        let tids = target.threads().to_vec();
+        let mut all = vec![self.main.answers(look(target, tids[0])?, &self.by_main[0], replies, replies)];
+        ask_others(target, &tids[1..self.by_main.len()], &self.by_main[1..], replies, &mut all)?;
+        for chunk in tids[self.by_main.len()..].chunks(THREADS_AT_ONCE) {
+            let mut batch = Batch::new();
+            let by_main: Vec<ByMain> = chunk.iter().map(|&tid| ByMain::ask(&mut batch, tid)).collect();
+            let replies = target.run(&batch).map_err(failed(target.pid()))?;
+            ask_others(target, chunk, &by_main, &replies, &mut all)?;
+        }
+        Ok(all)
+    }
+}
+
+/// Asks about the main thread of a skeleton.
 pub fn ask_main(target: &mut dyn Target) -> Result<Answers, DumpError> {
     let tid = target.threads()[0];
     let mut batch = Batch::new();
-    let asked = ByMain::ask(&mut batch, tid);
-    let by_main = run(target, None, &batch)?;
-    ask_one(target, tid, None, &asked, &by_main, 0)
+    let by_main = ByMain::ask(&mut batch, tid);
+    let own = Own::ask(&mut batch, Known::default(), None);
+    let replies = target.run(&batch).map_err(failed(target.pid()))?;
+    Ok(own.answers(look(target, tid)?, &by_main, &replies, &replies))
 }
 
-/// Runs a batch on a thread, or on whichever is the quickest.
-fn run(target: &mut dyn Target, thread: Option<usize>, batch: &Batch) -> Result<Replies, DumpError> {
-    let pid = target.pid();
-    let replies = match thread {
-        Some(thread) => target.run_on(thread, batch),
-        None => target.run(batch),
-    };
-    replies.map_err(|source| DumpError::Target { resource: "tasks", pid, source })
+/// A failure while a process is asked.
+pub fn failed(pid: Pid) -> impl Fn(TargetError) -> DumpError {
+    move |source| DumpError::Target { resource: "tasks", pid, source }
+}
+
+/// What `/proc` shows of a thread.
+struct Looked {
+    tid: Pid,
+    status: Status,
+    stat: Stat,
+}
+
+fn look(target: &dyn Target, tid: Pid) -> Result<Looked, DumpError> {
+    let unreadable = |what: &str, source: io::Error| DumpError::Io { what: format!("{what} of thread {tid}"), source };
+    let proc = target.proc();
+    let status = proc.thread_status(tid).map_err(|source| unreadable("status", source))?;
+    let stat = proc.thread_stat(tid).map_err(|source| unreadable("stat", source))?;
+    Ok(Looked { tid, status, stat })
+}
+
+/// Asks some threads what only they can tell, all at the same time.
+fn ask_others(
+    target: &mut dyn Target,
+    tids: &[Pid],
+    by_main: &[ByMain],
+    replies: &Replies,
+    all: &mut Vec<Answers>,
+) -> Result<(), DumpError> {
+    let mut asked = Vec::with_capacity(tids.len());
+    for (n, &tid) in tids.iter().enumerate() {
+        let looked = look(target, tid)?;
+        // These two ask for more rights than status does; where we lack them the thread is asked itself.
+        let personality = target.proc().text(format!("task/{tid}/personality")).ok();
+        // Not among the files of a thread in /proc/PID/task.
+        let timer_slack = procfs::of_thread(tid, "timerslack_ns").ok();
+        let known = Known {
+            personality: personality.and_then(|text| u32::from_str_radix(text.trim(), 16).ok()),
+            timer_slack: timer_slack.and_then(|text| text.trim().parse().ok()),
+        };
+        let mut batch = Batch::new();
+        let own = Own::ask(&mut batch, known, Some((&all[0], &looked.status)));
+        target.start(all.len() + n, &batch).map_err(failed(target.pid()))?;
+        asked.push((looked, own, batch));
+    }
+    for ((looked, own, batch), by_main) in asked.into_iter().zip(by_main) {
+        let own_replies = target.finish(all.len(), &batch).map_err(failed(target.pid()))?;
+        all.push(own.answers(looked, by_main, replies, &own_replies));
+    }
+    Ok(())
 }
 
 /// Calls that take a thread id, so that the main thread can make them.
@@ -144,98 +200,110 @@ impl ByMain {
     }
 }
 
-/// `first` are the answers of the main thread, where this is another.
-fn ask_one(
-    target: &mut dyn Target,
-    tid: Pid,
-    first: Option<&Answers>,
-    asked: &ByMain,
-    by_main: &Replies,
-    thread: usize,
-) -> Result<Answers, DumpError> {
-    let unreadable = |what: &str, source: io::Error| DumpError::Io { what: format!("{what} of thread {tid}"), source };
-    let proc = target.proc();
-    let status = proc.thread_status(tid).map_err(|source| unreadable("status", source))?;
-    let stat = proc.thread_stat(tid).map_err(|source| unreadable("stat", source))?;
-    // These two ask for more rights than status does; where we lack them the thread is asked itself.
-    let personality = first.and_then(|_| {
-        let text = proc.text(format!("task/{tid}/personality")).ok()?;
-        u32::from_str_radix(text.trim(), 16).ok()
-    });
-    let timer_slack = first.and_then(|_| {
-        // Not among the files of a thread in /proc/PID/task.
-        procfs::of_thread(tid, "timerslack_ns").ok()?.trim().parse().ok()
-    });
+/// What `/proc` has told already.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    personality: Option<u32>,
+    timer_slack: Option<u64>,
+}
 
-    let mut batch = Batch::new();
-    let altstack = batch.room(24);
-    batch.call(Sysno::sigaltstack, args![0, altstack]);
-    let tid_address = batch.room(8);
-    batch.call(Sysno::prctl, args![PR_GET_TID_ADDRESS, tid_address]);
-    let parent_death_signal = batch.room(8);
-    batch.call(Sysno::prctl, args![PR_GET_PDEATHSIG, parent_death_signal]);
-    let securebits = batch.call(Sysno::prctl, args![PR_GET_SECUREBITS]);
-    let tsc = batch.room(8);
-    batch.call(Sysno::prctl, args![PR_GET_TSC, tsc]);
-    let asked_personality = personality.is_none().then(|| batch.call(Sysno::personality, args![0xffff_ffffu32]));
-    let asked_slack = timer_slack.is_none().then(|| batch.call(Sysno::prctl, args![PR_GET_TIMERSLACK]));
-    // Where the processor cannot be told to fault, it never does.
-    let cpuid = cpuid_can_fault().then(|| batch.try_call(Sysno::arch_prctl, args![ARCH_GET_CPUID, 0]));
-    // With one node there is one place for all memory, whatever the policy: there the main thread speaks for those that
-    // have inherited its lack of one.
-    let default = first.is_some_and(|first| first.memory_policy == MemoryPolicy::default());
-    let policy = (!default || ourselves().several_nodes).then(|| {
-        let mode = batch.room(8);
-        let nodes = batch.room(MOST_NODES / 8);
-        (batch.try_call(Sysno::get_mempolicy, args![mode, nodes, MOST_NODES, 0, 0]), mode, nodes)
-    });
-    // Two of the three are in status in words: the same words mean the same setting. The third is off on most hosts.
-    let same_speculation = first.filter(|first| {
-        SPECULATION_FIELDS.iter().all(|field| first.status.field(field) == status.field(field))
-            && first.speculation[2].is_none_or(|value| value & PR_SPEC_PRCTL == 0)
-    });
-    let speculation = match same_speculation {
-        Some(_) => None,
-        None => Some([0, 1, 2].map(|which| batch.try_call(Sysno::prctl, args![PR_GET_SPECULATION_CTRL, which]))),
-    };
-    let replies = run(target, Some(thread), &batch)?;
+/// Calls that only the thread itself can make.
+struct Own {
+    known: Known,
+    altstack: Slot,
+    tid_address: Slot,
+    parent_death_signal: Slot,
+    securebits: CallId,
+    tsc: Slot,
+    personality: Option<CallId>,
+    timer_slack: Option<CallId>,
+    cpuid: Option<CallId>,
+    policy: Option<(CallId, Slot, Slot)>,
+    speculation: Result<[CallId; 3], [Option<u32>; 3]>,
+}
 
-    let altstack = replies.words(altstack);
-    let robust_list = by_main.words(asked.robust_list);
-    Ok(Answers {
-        tid,
-        sched_attr: by_main.bytes(asked.attr).try_into().expect("the size of the slot"),
-        // The system call gives 20 - nice, so that no result is negative.
-        nice: 20 - by_main.value(asked.nice) as i32,
-        io_priority: by_main.result(asked.io_priority).unwrap_or(0) as i32,
-        robust_list: (robust_list[0], robust_list[1]),
-        core_cookie: by_main.result(asked.core).ok().map(|_| by_main.u64(asked.cookie)),
-        personality: personality.unwrap_or_else(|| asked_personality.map_or(0, |call| replies.value(call) as u32)),
-        timer_slack: timer_slack.unwrap_or_else(|| asked_slack.map_or(0, |call| replies.value(call))),
-        altstack: (altstack[0], altstack[1] as i32, altstack[2]),
-        tid_address: RemotePtr(replies.u64(tid_address)),
-        parent_death_signal: replies.u32(parent_death_signal) as i32,
-        securebits: replies.value(securebits) as u32,
-        time_stamp_counter: replies.u32(tsc) != PR_TSC_SIGSEGV,
-        cpuid: cpuid.is_none_or(|call| replies.result(call) != Ok(0)),
-        memory_policy: match policy {
-            Some((call, mode, nodes)) if replies.result(call).is_ok() => {
-                let mut nodes = replies.words(nodes);
-                while nodes.last() == Some(&0) {
-                    nodes.pop();
+impl Own {
+    /// `first` is the main thread, where this is another, whose status follows.
+    fn ask(batch: &mut Batch, known: Known, first: Option<(&Answers, &Status)>) -> Own {
+        let [altstack, tid_address, parent_death_signal, tsc] = [24, 8, 8, 8].map(|size| batch.room(size));
+        batch.call(Sysno::sigaltstack, args![0, altstack]);
+        batch.call(Sysno::prctl, args![PR_GET_TID_ADDRESS, tid_address]);
+        batch.call(Sysno::prctl, args![PR_GET_PDEATHSIG, parent_death_signal]);
+        batch.call(Sysno::prctl, args![PR_GET_TSC, tsc]);
+        // With one node there is one place for all memory, whatever the policy: there the main thread speaks for those
+        // that have inherited its lack of one.
+        let default = first.is_some_and(|(first, _)| first.memory_policy == MemoryPolicy::default());
+        let policy = (!default || ourselves().several_nodes).then(|| {
+            let mode = batch.room(8);
+            let nodes = batch.room(MOST_NODES / 8);
+            (batch.try_call(Sysno::get_mempolicy, args![mode, nodes, MOST_NODES, 0, 0]), mode, nodes)
+        });
+        // Two of the three are in status in words: the same words mean the same setting. The third is off on most hosts.
+        let same_speculation = first.filter(|(first, status)| {
+            SPECULATION_FIELDS.iter().all(|field| first.status.field(field) == status.field(field))
+                && first.speculation[2].is_none_or(|value| value & PR_SPEC_PRCTL == 0)
+        });
+        Own {
+            known,
+            altstack,
+            tid_address,
+            parent_death_signal,
+            securebits: batch.call(Sysno::prctl, args![PR_GET_SECUREBITS]),
+            tsc,
+            personality: known
+                .personality
+                .is_none()
+                .then(|| batch.call(Sysno::personality, args![0xffff_ffffu32])),
+            timer_slack: known.timer_slack.is_none().then(|| batch.call(Sysno::prctl, args![PR_GET_TIMERSLACK])),
+            // Where the processor cannot be told to fault, it never does.
+            cpuid: cpuid_can_fault().then(|| batch.try_call(Sysno::arch_prctl, args![ARCH_GET_CPUID, 0])),
+            policy,
+            speculation: match same_speculation {
+                Some((first, _)) => Err(first.speculation),
+                None => {
+                    Ok([0, 1, 2].map(|which| batch.try_call(Sysno::prctl, args![PR_GET_SPECULATION_CTRL, which])))
                 }
-                MemoryPolicy { mode: replies.u32(mode), nodes }
-            }
-            _ => MemoryPolicy::default(),
-        },
-        speculation: match (speculation, same_speculation) {
-            (Some(calls), _) => calls.map(|call| replies.result(call).ok().map(|value| value as u32)),
-            (None, Some(first)) => first.speculation,
-            (None, None) => [None; 3],
-        },
-        status,
-        stat,
-    })
+            },
+        }
+    }
+
+    fn answers(&self, looked: Looked, asked: &ByMain, by_main: &Replies, replies: &Replies) -> Answers {
+        let altstack = replies.words(self.altstack);
+        let robust_list = by_main.words(asked.robust_list);
+        Answers {
+            tid: looked.tid,
+            sched_attr: by_main.bytes(asked.attr).try_into().expect("the size of the slot"),
+            // The system call gives 20 - nice, so that no result is negative.
+            nice: 20 - by_main.value(asked.nice) as i32,
+            io_priority: by_main.result(asked.io_priority).unwrap_or(0) as i32,
+            robust_list: (robust_list[0], robust_list[1]),
+            core_cookie: by_main.result(asked.core).ok().map(|_| by_main.u64(asked.cookie)),
+            personality: self.personality.map_or(self.known.personality, |call| Some(replies.value(call) as u32)).unwrap_or(0),
+            timer_slack: self.timer_slack.map_or(self.known.timer_slack, |call| Some(replies.value(call))).unwrap_or(0),
+            altstack: (altstack[0], altstack[1] as i32, altstack[2]),
+            tid_address: RemotePtr(replies.u64(self.tid_address)),
+            parent_death_signal: replies.u32(self.parent_death_signal) as i32,
+            securebits: replies.value(self.securebits) as u32,
+            time_stamp_counter: replies.u32(self.tsc) != PR_TSC_SIGSEGV,
+            cpuid: self.cpuid.is_none_or(|call| replies.result(call) != Ok(0)),
+            memory_policy: match self.policy {
+                Some((call, mode, nodes)) if replies.result(call).is_ok() => {
+                    let mut nodes = replies.words(nodes);
+                    while nodes.last() == Some(&0) {
+                        nodes.pop();
+                    }
+                    MemoryPolicy { mode: replies.u32(mode), nodes }
+                }
+                _ => MemoryPolicy::default(),
+            },
+            speculation: match self.speculation {
+                Ok(calls) => calls.map(|call| replies.result(call).ok().map(|value| value as u32)),
+                Err(same) => same,
+            },
+            status: looked.status,
+            stat: looked.stat,
+        }
+    }
 }
 
 /// The thread may set it itself (`linux/prctl.h`).

@@ -14,9 +14,10 @@
 //! of "the calling thread" in a process of several threads, for the kernel does not tell whose.
 
 use crate::args;
-use crate::batch::{Batch, Sysno};
+use crate::batch::{Batch, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::ourselves::{Capability, ourselves};
+use crate::resource::threads::Answers;
 use crate::resource::{Check, Collect, OfProcess, Rebuild, Resource, signals};
 use crate::target::{Queue, SigInfo};
 
@@ -80,6 +81,17 @@ const SIGSET_SIZE: usize = 8;
 /// In nanoseconds.
 const SECOND: u64 = 1_000_000_000;
 
+/// A `struct itimerval` for each interval timer, by `ITIMER_*`.
+pub type Asked = [Slot; 3];
+
+pub fn ask(batch: &mut Batch) -> Asked {
+    [libc::ITIMER_REAL, libc::ITIMER_VIRTUAL, libc::ITIMER_PROF].map(|which| {
+        let value = batch.room(32);
+        batch.call(Sysno::getitimer, args![which, value]);
+        value
+    })
+}
+
 /// Interval timers and POSIX timers.
 pub struct ProcessTimers;
 
@@ -89,16 +101,10 @@ impl Resource for ProcessTimers {
     type Saved = Timers;
 
     fn collect(context: &mut Collect<'_>) -> Result<Timers, DumpError> {
-        let mut batch = Batch::new();
-        let asked = [libc::ITIMER_REAL, libc::ITIMER_VIRTUAL, libc::ITIMER_PROF].map(|which| {
-            let value = batch.room(32);
-            batch.call(Sysno::getitimer, args![which, value]);
-            value
-        });
-        let replies = context.run(&batch)?;
-        let mut intervals = asked.map(|value| {
+        let asked = context.asked;
+        let mut intervals = asked.timers.map(|value| {
             // it_interval stands before it_value
-            let words = replies.words(value);
+            let words = asked.replies.words(value);
             Interval { remaining: words[2] * 1_000_000 + words[3], period: words[0] * 1_000_000 + words[1] }
         });
         let real = &mut intervals[libc::ITIMER_REAL as usize];
@@ -249,9 +255,12 @@ fn ask_times(timers: &mut [PosixTimer], context: &mut Collect<'_>) -> Result<(),
 
 /// Finds the timers whose signal is on its way.
 fn find_pending(timers: &mut [PosixTimer], context: &mut Collect<'_>) -> Result<(), DumpError> {
+    // Looked at anew: since the answers were given, timers may have fired.
+    let proc = context.target.proc();
+    let pending = |thread: &Answers| proc.thread_status(thread.tid).ok().and_then(|status| status.mask("SigPnd"));
     let threads = context.answers.iter().enumerate();
     let mut queues: Vec<(Queue, Option<i32>)> = threads
-        .filter(|(_, thread)| thread.status.mask("SigPnd") != Some(0))
+        .filter(|(_, thread)| pending(thread) != Some(0))
         .map(|(index, thread)| (Queue::Thread(index), Some(thread.tid.0)))
         .collect();
     queues.push((Queue::Shared, None));
@@ -416,7 +425,7 @@ fn create(timers: &[PosixTimer], choose_ids: bool, context: &mut Rebuild<'_>) ->
 }
 
 /// `struct sigevent`.
-fn sigevent(batch: &mut Batch, notify: i32, signal: i32, value: u64, thread: i32) -> crate::batch::Slot {
+fn sigevent(batch: &mut Batch, notify: i32, signal: i32, value: u64, thread: i32) -> Slot {
     let mut event = [0; 64];
     event[..8].copy_from_slice(&value.to_ne_bytes());
     event[8..12].copy_from_slice(&signal.to_ne_bytes());

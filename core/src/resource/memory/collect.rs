@@ -4,8 +4,6 @@ use std::collections::hash_map::Entry;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use crate::args;
-use crate::batch::{Batch, Sysno};
 use crate::error::DumpError;
 use crate::procfs;
 use crate::resource::Collect;
@@ -31,14 +29,12 @@ const REFUSED_FLAGS: &[(&str, &str, &str)] = &[
 pub fn collect(context: &mut Collect<'_>, objects: &mut Objects) -> Result<Memory, DumpError> {
     let proc = context.target.proc();
     let smaps = proc.read("smaps").map_err(|error| context.io_error("smaps", error))?;
-    let stat = proc.stat_line().map_err(|error| context.io_error("stat", error))?;
     let auxv = proc.read("auxv").map_err(|error| context.io_error("auxv", error))?;
     let all = procfs::Mapping::parse_all(&smaps)
         .ok_or_else(|| context.io_error("smaps", std::io::ErrorKind::InvalidData.into()))?;
 
-    let mut batch = Batch::new();
-    let brk = batch.call(Sysno::brk, args![0]);
-    let brk = context.run(&batch)?.value(brk);
+    let stat = &context.answers[0].stat;
+    let brk = context.asked.replies.value(context.asked.brk);
     let layout = Layout {
         start_code: stat.start_code,
         end_code: stat.end_code,

@@ -1,13 +1,16 @@
 //! Page data: the target itself moves it between its memory and the image.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 
 use crate::args;
-use crate::batch::{Batch, Slot, Sysno};
+use crate::batch::{Arg, Batch, CallId, Slot, Sysno};
+use crate::dump::interruption;
 use crate::error::{DumpError, RestoreError};
+use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::{Buffer, checksums, write_direct};
 use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source};
@@ -73,17 +76,66 @@ fn sums(replies: &crate::batch::Replies, slots: &[Slot]) -> Vec<u32> {
     words.map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
 }
 
-/// Has the target write its private pages into the image.
+/// Has all targets write their private pages into the image, at the same time.
 pub fn write_pages(
-    target: &mut dyn Target,
-    memory: &mut Memory,
+    targets: &mut [Box<dyn Target>],
+    processes: &mut [Process],
     store: &mut dyn ImageWriter,
     meter: &mut Meter<'_>,
 ) -> Result<(), DumpError> {
+    let mut writings = Vec::with_capacity(targets.len());
+    let result = write_all(targets, processes, &mut writings, store, meter);
+    if result.is_err() {
+        // What was begun has a descriptor of ours until it is done.
+        for (target, running) in targets.iter_mut().zip(&writings).filter_map(|(t, w)| Some((t, w.running.as_ref()?))) {
+            let _ = target.finish(0, &running.batch);
+        }
+    }
+    result
+}
+
+fn write_all(
+    targets: &mut [Box<dyn Target>],
+    processes: &mut [Process],
+    writings: &mut Vec<Writing>,
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    for (target, process) in targets.iter_mut().zip(processes) {
+        let (loads, by_us) = plan_writing(&mut **target, process, store)?;
+        writings.push(Writing { loads: loads.into(), by_us, running: None });
+        writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
+    }
+    let mut busy: Vec<usize> = (0..writings.len()).collect();
+    while !busy.is_empty() {
+        let mut still = Vec::new();
+        for index in busy {
+            interruption()?;
+            let (target, writing) = (&mut *targets[index], &mut writings[index]);
+            if writing.finish_one(target, store, meter)? {
+                writing.start_next(target, store)?;
+                still.push(index);
+            }
+        }
+        busy = still;
+    }
+    for (target, writing) in targets.iter_mut().zip(writings) {
+        write_by_us(&mut **target, &writing.by_us, store, meter)?;
+    }
+    Ok(())
+}
+
+/// Finds the pages of a process and their places in the page file: those that it writes itself, and those for us.
+fn plan_writing(
+    target: &mut dyn Target,
+    process: &mut Process,
+    store: &mut dyn ImageWriter,
+) -> Result<(Vec<Load>, Vec<Pages>), DumpError> {
     let pid = target.pid();
-    let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
+    let memory = &mut process.memory;
     let end = memory.mappings.last().map_or(0, |mapping| mapping.end);
-    let runs = target.private_pages(0, end).map_err(failed)?;
+    let found = target.private_pages(0, end);
+    let runs = found.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
     let mut runs = runs.into_iter().peekable();
     let mut total = 0;
     for mapping in &mut memory.mappings {
@@ -107,70 +159,80 @@ pub fn write_pages(
         }
     }
     let first = store.reserve_pages(total)?.first;
-    // Memory that its owner may not read is copied by us.
-    let mut guarded = Vec::new();
-    for mapping in &mut memory.mappings {
-        for pages in &mut mapping.pages {
-            pages.extent.first += first;
-        }
-        if mapping.protection & libc::PROT_READ == 0 {
-            guarded.extend(mapping.pages.iter().copied());
-        }
+    for pages in memory.mappings.iter_mut().flat_map(|mapping| &mut mapping.pages) {
+        pages.extent.first += first;
     }
-    let limited = file_size_limit(target).map_err(failed)? != u64::MAX;
     let readable = |mapping: &&Mapping| mapping.protection & libc::PROT_READ != 0;
-    let by_target = memory.mappings.iter().filter(readable).flat_map(|mapping| mapping.pages.iter().copied());
-    if limited {
+    let pages = |mapping: &'_ Mapping| mapping.pages.clone();
+    // Memory that its owner may not read is copied by us.
+    let mut by_us: Vec<Pages> =
+        memory.mappings.iter().filter(|mapping| !readable(mapping)).flat_map(pages).collect();
+    let by_target = memory.mappings.iter().filter(readable).flat_map(pages);
+    if process.limits.limits[libc::RLIMIT_FSIZE as usize].soft != u64::MAX {
         // The program may not write a file as large as the image: we do it.
-        guarded.extend(by_target);
-    } else {
-        write_by_target(target, loads(by_target), store, meter)?;
+        by_us.extend(by_target);
+        return Ok((Vec::new(), by_us));
     }
-    write_by_us(target, &guarded, store, meter)
+    Ok((loads(by_target), by_us))
 }
 
-/// `RLIMIT_FSIZE`, in bytes.
-fn file_size_limit(target: &mut dyn Target) -> Result<u64, TargetError> {
-    let mut batch = Batch::new();
-    let limit = batch.room(16);
-    batch.call(Sysno::getrlimit, args![libc::RLIMIT_FSIZE, limit]);
-    Ok(target.run(&batch)?.u64(limit))
+/// A target that writes its pages.
+struct Writing {
+    loads: VecDeque<Load>,
+    by_us: Vec<Pages>,
+    running: Option<Running>,
 }
 
-fn write_by_target(
-    target: &mut dyn Target,
-    loads: Vec<Load>,
-    store: &mut dyn ImageWriter,
-    meter: &mut Meter<'_>,
-) -> Result<(), DumpError> {
-    let pid = target.pid();
-    let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
-    if loads.is_empty() {
-        return Ok(());
-    }
-    let file = pass(target, store.pages()).map_err(failed)?;
-    for load in &loads {
+/// A load that is being written.
+struct Running {
+    load: Load,
+    batch: Batch,
+    sums: Vec<Slot>,
+    wrote: CallId,
+}
+
+impl Writing {
+    fn start_next(&mut self, target: &mut dyn Target, store: &mut dyn ImageWriter) -> Result<(), DumpError> {
+        let Some(load) = self.loads.pop_front() else { return Ok(()) };
+        let pid = target.pid();
+        let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
         let mut batch = Batch::new();
-        let slots = load.checksums(&mut batch);
+        let file = target.receive_fd(&mut batch).map_err(failed)?;
+        let sums = load.checksums(&mut batch);
         let vectors = load.vectors(&mut batch);
-        let place = load.first * PAGE_SIZE;
-        let wrote = batch.try_call(Sysno::pwritev, args![file, vectors, load.runs.len(), place, 0]);
-        let replies = target.run(&batch).map_err(failed)?;
+        let (pieces, place) = (load.runs.len(), load.first * PAGE_SIZE);
+        let wrote = batch.try_call(
+            Sysno::pwritev,
+            &[file, vectors.into(), pieces.into(), place.into(), Arg::Value(0)],
+        );
+        batch.try_call(Sysno::close, &[file]);
+        target.start(0, &batch).map_err(failed)?;
+        self.running = Some(Running { load, batch, sums, wrote });
+        target.send_fd(store.pages()).map_err(failed)
+    }
+
+    /// Waits for the load that is being written. Tells whether there was one.
+    fn finish_one(
+        &mut self,
+        target: &mut dyn Target,
+        store: &mut dyn ImageWriter,
+        meter: &mut Meter<'_>,
+    ) -> Result<bool, DumpError> {
+        let Some(Running { load, batch, sums: slots, wrote }) = self.running.take() else { return Ok(false) };
+        let pid = target.pid();
+        let replies = target.finish(0, &batch);
+        let replies = replies.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
         store.page_checksums(PageExtent { first: load.first, pages: load.pages }, &sums(&replies, &slots))?;
         match replies.result(wrote) {
-            Ok(wrote) if wrote == load.bytes() => {}
+            Ok(wrote) if wrote == load.bytes() => meter.add(load.bytes()),
             // A full disk gives a short count first. The same pages once more give the reason, or are written.
-            Ok(_) => {
-                let runs: Vec<Pages> = saved_runs(load);
-                write_by_us(target, &runs, store, &mut Meter::silent())?;
-            }
+            Ok(_) => write_by_us(target, &saved_runs(&load), store, meter)?,
             Err(errno) => {
                 return Err(DumpError::Io { what: "writing pages into the image".into(), source: errno.into() });
             }
         }
-        meter.add(load.bytes());
+        Ok(true)
     }
-    target.fds_done(&[file]).map_err(failed)
 }
 
 /// The runs of a load, with their places in the page file.
