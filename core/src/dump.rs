@@ -9,7 +9,8 @@ use crate::image::{Image, Process, Thread};
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::questions::Questions;
 use crate::resource::{
-    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks, timers,
+    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks,
+    timers,
 };
 use crate::store::ImageWriter;
 use crate::target::{Pid, Target};

@@ -178,7 +178,7 @@ fn enter_on(
     // The agent closes its socket itself.
     let frame = tracee.undo_with(process, entrance, &[unmap])?;
     channel.set_healing(frame, tracee.plain_frame());
-    tracee.enter_agent(channel.entry(), channel.address())?;
+    tracee.enter_agent(&channel)?;
     Ok(channel)
 }
 
@@ -236,7 +236,7 @@ impl FrozenTarget {
         let first = self.lanes.first().map_or(lane.address(), |(_, first)| first.address());
         // Before it is there, so that at no instant it is there and would not be told to leave.
         self.channel.set_threads(first, self.lanes.len() + 1);
-        let entered = tracee.enter_agent(lane.entry(), lane.address());
+        let entered = tracee.enter_agent(&lane);
         self.lanes.push((thread, lane));
         entered?;
         Ok(self.lanes.len() - 1)

@@ -3,8 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use ckpt_agent::frame;
 use ckpt_agent::process::Process;
+use ckpt_agent::{Channel, frame};
 use ckpt_core::procfs::Mapping;
 use ckpt_core::{Context, General, Pid, Registers, RemotePtr, Rseq, SigInfo};
 
@@ -51,8 +51,6 @@ struct Foothold {
 
 /// The part of the stack below the stack pointer that belongs to the program (x86-64 psABI).
 const RED_ZONE: u64 = 128;
-/// Below the frames, for the agent's own frames.
-const AGENT_STACK: u64 = 4096;
 /// Bytes for arguments of injected calls.
 const SCRATCH: u64 = 64;
 /// A frame without vector state, and the address of the restorer before it.
@@ -142,7 +140,7 @@ impl Tracee {
     /// Whether the frames fit below its stack.
     fn room_below(&self, mappings: &[Mapping]) -> bool {
         let top = self.ready.rsp;
-        let low = top.saturating_sub(self.foothold_size() + AGENT_STACK);
+        let low = top.saturating_sub(self.foothold_size());
         // The first write may still have to grow a stack.
         mappings.iter().any(|mapping| {
             mapping.write
@@ -294,13 +292,14 @@ impl Tracee {
         self.foothold.as_ref().expect("the way back was established").last_slot + 8
     }
 
-    /// Sends it into the agent, with the lane's address in `rdi`.
-    pub fn enter_agent(&mut self, entry: u64, lane: u64) -> Result<(), TraceError> {
-        let slot = self.foothold.as_ref().expect("the way back was established").slot;
+    /// Sends it into the agent, with the lane's address in `rdi`, on the lane's own stack: the program's is part of what
+    /// is saved, and stays as it is.
+    pub fn enter_agent(&mut self, channel: &Channel) -> Result<(), TraceError> {
+        let (stack, stack_size) = channel.stack();
         let general = General {
-            rip: entry,
-            rdi: lane,
-            rsp: slot - 128,
+            rip: channel.entry(),
+            rdi: channel.address(),
+            rsp: stack + stack_size,
             rax: 0,
             orig_rax: u64::MAX,
             eflags: 0x202,

@@ -250,19 +250,14 @@ impl Own {
             parent_death_signal,
             securebits: batch.call(Sysno::prctl, args![PR_GET_SECUREBITS]),
             tsc,
-            personality: known
-                .personality
-                .is_none()
-                .then(|| batch.call(Sysno::personality, args![0xffff_ffffu32])),
+            personality: known.personality.is_none().then(|| batch.call(Sysno::personality, args![0xffff_ffffu32])),
             timer_slack: known.timer_slack.is_none().then(|| batch.call(Sysno::prctl, args![PR_GET_TIMERSLACK])),
             // Where the processor cannot be told to fault, it never does.
             cpuid: cpuid_can_fault().then(|| batch.try_call(Sysno::arch_prctl, args![ARCH_GET_CPUID, 0])),
             policy,
             speculation: match same_speculation {
                 Some((first, _)) => Err(first.speculation),
-                None => {
-                    Ok([0, 1, 2].map(|which| batch.try_call(Sysno::prctl, args![PR_GET_SPECULATION_CTRL, which])))
-                }
+                None => Ok([0, 1, 2].map(|which| batch.try_call(Sysno::prctl, args![PR_GET_SPECULATION_CTRL, which]))),
             },
         }
     }
@@ -278,7 +273,10 @@ impl Own {
             io_priority: by_main.result(asked.io_priority).unwrap_or(0) as i32,
             robust_list: (robust_list[0], robust_list[1]),
             core_cookie: by_main.result(asked.core).ok().map(|_| by_main.u64(asked.cookie)),
-            personality: self.personality.map_or(self.known.personality, |call| Some(replies.value(call) as u32)).unwrap_or(0),
+            personality: self
+                .personality
+                .map_or(self.known.personality, |call| Some(replies.value(call) as u32))
+                .unwrap_or(0),
             timer_slack: self.timer_slack.map_or(self.known.timer_slack, |call| Some(replies.value(call))).unwrap_or(0),
             altstack: (altstack[0], altstack[1] as i32, altstack[2]),
             tid_address: RemotePtr(replies.u64(self.tid_address)),

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
 
 use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 
@@ -13,9 +12,9 @@ use crate::error::{DumpError, RestoreError};
 use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::{Buffer, checksums, write_direct};
-use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source};
+use crate::resource::memory::{Memory, NAME, Pages, Source};
 use crate::store::{ImageReader, ImageWriter, PageExtent};
-use crate::target::{PAGE_SIZE, PageRun, RemoteFd, RemotePtr, Target, TargetError};
+use crate::target::{PAGE_SIZE, PageRun, RemotePtr, Rseq, Target, TargetError};
 
 /// Pages that one batch moves at most: its checksums have to fit, and a slow disk is not to outlast the time-out.
 const BATCH_PAGES: u64 = 8192;
@@ -101,10 +100,21 @@ fn write_all(
     store: &mut dyn ImageWriter,
     meter: &mut Meter<'_>,
 ) -> Result<(), DumpError> {
-    for (target, process) in targets.iter_mut().zip(processes) {
-        let (loads, by_us) = plan_writing(&mut **target, process, store)?;
-        writings.push(Writing { loads: loads.into(), by_us, running: None });
+    let mut by_us = Vec::new();
+    for (target, process) in targets.iter_mut().zip(&mut *processes) {
+        let pages = find_pages(&mut **target, process)?;
+        let by_target = place(&mut process.memory, &pages.by_target, store)?;
+        writings.push(Writing { loads: loads(by_target.into_iter()).into(), running: None });
         writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
+        by_us.push(pages.by_us);
+    }
+    // Behind all others, and so beside each other.
+    let mut copies = Vec::new();
+    for (index, (process, pages)) in processes.iter_mut().zip(by_us).enumerate() {
+        copies.extend(place(&mut process.memory, &pages, store)?.into_iter().map(|pages| (index, pages)));
+    }
+    for mapping in processes.iter_mut().flat_map(|process| &mut process.memory.mappings) {
+        mapping.pages.sort_unstable_by_key(|pages| pages.start);
     }
     let mut busy: Vec<usize> = (0..writings.len()).collect();
     while !busy.is_empty() {
@@ -119,67 +129,82 @@ fn write_all(
         }
         busy = still;
     }
-    for (target, writing) in targets.iter_mut().zip(writings) {
-        write_by_us(&mut **target, &writing.by_us, store, meter)?;
-    }
-    Ok(())
+    write_by_us(targets, &copies, store, meter)
 }
 
-/// Finds the pages of a process and their places in the page file: those that it writes itself, and those for us.
-fn plan_writing(
-    target: &mut dyn Target,
-    process: &mut Process,
-    store: &mut dyn ImageWriter,
-) -> Result<(Vec<Load>, Vec<Pages>), DumpError> {
+/// Private pages of a process, each run within one mapping: (index of the mapping, run).
+#[derive(Default)]
+struct Found {
+    by_target: Vec<(usize, PageRun)>,
+    /// What is copied by us: memory that its owner may not read; and the pages that the kernel writes to while the owner
+    /// runs our calls, which would not be the same in the checksum and on the disk (the processor's number of `rseq`).
+    by_us: Vec<(usize, PageRun)>,
+}
+
+fn find_pages(target: &mut dyn Target, process: &Process) -> Result<Found, DumpError> {
     let pid = target.pid();
-    let memory = &mut process.memory;
-    let end = memory.mappings.last().map_or(0, |mapping| mapping.end);
-    let found = target.private_pages(0, end);
-    let runs = found.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
-    let mut runs = runs.into_iter().peekable();
-    let mut total = 0;
-    for mapping in &mut memory.mappings {
-        let private = !mapping.shared && !matches!(mapping.source, Source::Vdso | Source::Vvar);
-        while let Some(run) = runs.peek().copied() {
-            let start = run.start.max(mapping.start);
+    let mappings = &process.memory.mappings;
+    let end = mappings.last().map_or(0, |mapping| mapping.end);
+    let runs = target.private_pages(0, end);
+    let runs = runs.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
+    // A program that may not write a file as large as the image leaves all to us.
+    let limited = process.limits.limits[libc::RLIMIT_FSIZE as usize].soft != u64::MAX;
+    let rseqs = process.threads.iter().filter_map(|thread| thread.context.rseq);
+    let pages = |rseq: Rseq| {
+        let (start, end) = (rseq.address.0, rseq.address.0 + u64::from(rseq.size.max(1)));
+        (start / PAGE_SIZE..end.div_ceil(PAGE_SIZE)).map(|page| page * PAGE_SIZE)
+    };
+    let mut changing: Vec<u64> = rseqs.flat_map(pages).collect();
+    changing.sort_unstable();
+    changing.dedup();
+    let mut found = Found::default();
+    let mut index = 0;
+    for run in runs {
+        let mut at = run.start;
+        while at < run.end() {
+            while index < mappings.len() && mappings[index].end <= at {
+                index += 1;
+            }
+            let Some(mapping) = mappings.get(index) else { break };
             let stop = run.end().min(mapping.end);
-            if run.start >= mapping.end {
-                break;
+            at = at.max(mapping.start);
+            let private = !mapping.shared && !matches!(mapping.source, Source::Vdso | Source::Vvar);
+            while private && at < stop {
+                let next = changing[changing.partition_point(|&page| page < at)..].first().copied();
+                let piece = |end: u64| (index, PageRun { start: at, pages: (end - at) / PAGE_SIZE });
+                let end = match next {
+                    Some(page) if page == at => at + PAGE_SIZE,
+                    next => next.map_or(stop, |page| page.min(stop)),
+                };
+                let ours = limited || mapping.protection & libc::PROT_READ == 0 || next == Some(at);
+                if ours {
+                    found.by_us.push(piece(end))
+                } else {
+                    found.by_target.push(piece(end))
+                }
+                at = end;
             }
-            if private && start < stop {
-                // Its place in the page file follows once it is known how many there are.
-                let extent = PageExtent { first: total, pages: (stop - start) / PAGE_SIZE };
-                total += extent.pages;
-                mapping.pages.push(Pages { start, extent });
-            }
-            if run.end() > mapping.end {
-                break;
-            }
-            runs.next();
+            at = at.max(stop);
         }
     }
-    let first = store.reserve_pages(total)?.first;
-    for pages in memory.mappings.iter_mut().flat_map(|mapping| &mut mapping.pages) {
-        pages.extent.first += first;
-    }
-    let readable = |mapping: &&Mapping| mapping.protection & libc::PROT_READ != 0;
-    let pages = |mapping: &'_ Mapping| mapping.pages.clone();
-    // Memory that its owner may not read is copied by us.
-    let mut by_us: Vec<Pages> =
-        memory.mappings.iter().filter(|mapping| !readable(mapping)).flat_map(pages).collect();
-    let by_target = memory.mappings.iter().filter(readable).flat_map(pages);
-    if process.limits.limits[libc::RLIMIT_FSIZE as usize].soft != u64::MAX {
-        // The program may not write a file as large as the image: we do it.
-        by_us.extend(by_target);
-        return Ok((Vec::new(), by_us));
-    }
-    Ok((loads(by_target), by_us))
+    Ok(found)
+}
+
+/// Gives runs of pages their places in the page file, one after the other.
+fn place(memory: &mut Memory, runs: &[(usize, PageRun)], store: &mut dyn ImageWriter) -> Result<Vec<Pages>, DumpError> {
+    let mut first = store.reserve_pages(runs.iter().map(|(_, run)| run.pages).sum())?.first;
+    let place = |&(mapping, run): &(usize, PageRun)| {
+        let pages = Pages { start: run.start, extent: PageExtent { first, pages: run.pages } };
+        first += run.pages;
+        memory.mappings[mapping].pages.push(pages);
+        pages
+    };
+    Ok(runs.iter().map(place).collect())
 }
 
 /// A target that writes its pages.
 struct Writing {
     loads: VecDeque<Load>,
-    by_us: Vec<Pages>,
     running: Option<Running>,
 }
 
@@ -201,10 +226,7 @@ impl Writing {
         let sums = load.checksums(&mut batch);
         let vectors = load.vectors(&mut batch);
         let (pieces, place) = (load.runs.len(), load.first * PAGE_SIZE);
-        let wrote = batch.try_call(
-            Sysno::pwritev,
-            &[file, vectors.into(), pieces.into(), place.into(), Arg::Value(0)],
-        );
+        let wrote = batch.try_call(Sysno::pwritev, &[file, vectors.into(), pieces.into(), place.into(), Arg::Value(0)]);
         batch.try_call(Sysno::close, &[file]);
         target.start(0, &batch).map_err(failed)?;
         self.running = Some(Running { load, batch, sums, wrote });
@@ -226,7 +248,7 @@ impl Writing {
         match replies.result(wrote) {
             Ok(wrote) if wrote == load.bytes() => meter.add(load.bytes()),
             // A full disk gives a short count first. The same pages once more give the reason, or are written.
-            Ok(_) => write_by_us(target, &saved_runs(&load), store, meter)?,
+            Ok(_) => copy_pages(&mut [target], &saved_runs(&load), store, meter)?,
             Err(errno) => {
                 return Err(DumpError::Io { what: "writing pages into the image".into(), source: errno.into() });
             }
@@ -236,51 +258,95 @@ impl Writing {
 }
 
 /// The runs of a load, with their places in the page file.
-fn saved_runs(load: &Load) -> Vec<Pages> {
+fn saved_runs(load: &Load) -> Vec<(usize, Pages)> {
     let mut first = load.first;
     let mut runs = Vec::new();
     for run in &load.runs {
-        runs.push(Pages { start: run.start, extent: PageExtent { first, pages: run.pages } });
+        runs.push((0, Pages { start: run.start, extent: PageExtent { first, pages: run.pages } }));
         first += run.pages;
     }
     runs
 }
 
-fn pass(target: &mut dyn Target, file: BorrowedFd<'_>) -> Result<RemoteFd, TargetError> {
-    Ok(target.fds_in(&[file])?[0])
+/// Copies pages by `/proc/PID/mem`, which reads whatever the protection is. Each comes with the index of its process.
+fn write_by_us(
+    targets: &mut [Box<dyn Target>],
+    runs: &[(usize, Pages)],
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
+    let mut targets: Vec<&mut dyn Target> = targets.iter_mut().map(|target| &mut **target).collect();
+    copy_pages(&mut targets, runs, store, meter)
 }
 
-/// Copies pages by `/proc/PID/mem`, which reads whatever the protection is.
-fn write_by_us(
-    target: &mut dyn Target,
-    runs: &[Pages],
+fn copy_pages(
+    targets: &mut [&mut dyn Target],
+    runs: &[(usize, Pages)],
     store: &mut dyn ImageWriter,
     meter: &mut Meter<'_>,
 ) -> Result<(), DumpError> {
     use std::os::unix::fs::FileExt;
-    if runs.is_empty() {
-        return Ok(());
-    }
-    let pid = target.pid();
-    let failed = |what: &'static str| {
-        move |source: io::Error| DumpError::Io { what: format!("{NAME} of process {pid}: {what}"), source }
-    };
-    let memory = target.proc().open_with("mem", OFlag::O_RDONLY).map_err(failed("opening it"))?;
-    let mut buffer = Buffer::new();
-    for run in runs {
+    let mut copier = Copier { buffer: Buffer::new(), first: 0, pages: 0 };
+    let mut open: Option<(usize, std::fs::File)> = None;
+    for &(index, run) in runs {
+        let pid = targets[index].pid();
+        let failed = |what: &'static str| {
+            move |source: io::Error| DumpError::Io { what: format!("{NAME} of process {pid}: {what}"), source }
+        };
+        let memory = match &mut open {
+            Some((known, memory)) if *known == index => memory,
+            other => {
+                let memory = targets[index].proc().open_with("mem", OFlag::O_RDONLY).map_err(failed("opening it"))?;
+                &mut other.insert((index, memory)).1
+            }
+        };
         let mut done = 0;
         while done < run.extent.pages {
-            let pages = (run.extent.pages - done).min(Buffer::PAGES);
-            let first = run.extent.first + done;
-            let bytes = buffer.pages(pages);
+            let bytes = copier.room(run.extent.first + done, run.extent.pages - done, store, meter)?;
+            let pages = bytes.len() as u64 / PAGE_SIZE;
             memory.read_exact_at(bytes, run.start + done * PAGE_SIZE).map_err(failed("reading it"))?;
-            store.page_checksums(PageExtent { first, pages }, &checksums(bytes))?;
-            write_direct(store, first, bytes).map_err(failed("writing it into the image"))?;
-            meter.add(bytes.len() as u64);
             done += pages;
         }
     }
-    Ok(())
+    copier.flush(store, meter)
+}
+
+/// Gathers pages that are beside each other in the page file, so that many are written at once.
+struct Copier {
+    buffer: Buffer,
+    /// The pages in the buffer.
+    first: u64,
+    pages: u64,
+}
+
+impl Copier {
+    /// Room for the pages from `first` on, for some of `wanted` at least. Whoever asks fills all of it.
+    fn room(
+        &mut self,
+        first: u64,
+        wanted: u64,
+        store: &mut dyn ImageWriter,
+        meter: &mut Meter<'_>,
+    ) -> Result<&mut [u8], DumpError> {
+        if self.first + self.pages != first || self.pages == Buffer::PAGES {
+            self.flush(store, meter)?;
+            self.first = first;
+        }
+        let pages = wanted.min(Buffer::PAGES - self.pages);
+        let from = (self.pages * PAGE_SIZE) as usize;
+        self.pages += pages;
+        Ok(&mut self.buffer.pages(self.pages)[from..])
+    }
+
+    fn flush(&mut self, store: &mut dyn ImageWriter, meter: &mut Meter<'_>) -> Result<(), DumpError> {
+        let bytes = self.buffer.pages(self.pages);
+        store.page_checksums(PageExtent { first: self.first, pages: self.pages }, &checksums(bytes))?;
+        write_direct(store, self.first, bytes)
+            .map_err(|source| DumpError::Io { what: format!("{NAME}: writing it into the image"), source })?;
+        meter.add(bytes.len() as u64);
+        self.pages = 0;
+        Ok(())
+    }
 }
 
 /// Brings the pages of an image into a skeleton whose mappings are there.
@@ -310,34 +376,55 @@ impl Filler for Eager {
     ) -> Result<(), RestoreError> {
         let pid = target.pid();
         let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
-        let loads = loads(memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()));
+        let mut saved: Vec<Pages> = memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()).collect();
+        saved.sort_unstable_by_key(|pages| pages.extent.first);
+        let loads = loads(saved.into_iter());
         if loads.is_empty() {
             return Ok(());
         }
         announce(reader, &loads[0]);
         prefer_huge_pages(target, memory).map_err(failed)?;
-        let file = pass(target, reader.pages()).map_err(failed)?;
+        let mut batch = Batch::new();
+        let mut file = Some(target.receive_fd(&mut batch).map_err(failed)?);
+        let (mut reading, mut pages) = (Vec::new(), 0);
         for (index, load) in loads.iter().enumerate() {
             if let Some(next) = loads.get(index + 1) {
                 announce(reader, next);
             }
-            let mut batch = Batch::new();
+            let fd = match file {
+                Some(fd) => fd,
+                None => *file.insert(target.receive_fd(&mut batch).map_err(failed)?),
+            };
             let vectors = load.vectors(&mut batch);
             let place = load.first * PAGE_SIZE;
-            let read = batch.call(Sysno::preadv, args![file, vectors, load.runs.len(), place, 0]);
+            let pieces = load.runs.len();
+            let read = batch.call(Sysno::preadv, &[fd, vectors.into(), pieces.into(), place.into(), Arg::Value(0)]);
             let slots = load.checksums(&mut batch);
-            let replies = target.run(&batch).map_err(failed)?;
-            let saved = reader.page_checksums(PageExtent { first: load.first, pages: load.pages })?;
-            let found = sums(&replies, &slots);
-            if replies.value(read) != load.bytes() || found != saved {
-                let bad = found.iter().zip(&saved).position(|(found, saved)| found != saved).unwrap_or(0);
-                return Err(reader.damaged_page(load.first + bad as u64).into());
+            reading.push((load, read, slots));
+            pages += load.pages;
+            let fits = loads.get(index + 1).is_some_and(|next| {
+                // A vector has 16 bytes, and so has a checksum with its room.
+                let room = next.runs.len() * 48 + next.pages as usize * 4 + 128;
+                pages + next.pages <= BATCH_PAGES && batch.has_room(next.runs.len() + 4, room)
+            });
+            if fits {
+                continue;
             }
-            meter.add(load.bytes());
+            batch.call(Sysno::close, &[fd]);
+            target.start(0, &batch).map_err(failed)?;
+            target.send_fd(reader.pages()).map_err(failed)?;
+            let replies = target.finish(0, &batch).map_err(failed)?;
+            for (load, read, slots) in reading.drain(..) {
+                let saved = reader.page_checksums(PageExtent { first: load.first, pages: load.pages })?;
+                let found = sums(&replies, &slots);
+                if replies.value(read) != load.bytes() || found != saved {
+                    let bad = found.iter().zip(&saved).position(|(found, saved)| found != saved).unwrap_or(0);
+                    return Err(reader.damaged_page(load.first + bad as u64).into());
+                }
+                meter.add(load.bytes());
+            }
+            (batch, file, pages) = (Batch::new(), None, 0);
         }
-        let mut batch = Batch::new();
-        batch.call(Sysno::close, args![file]);
-        target.run(&batch).map_err(failed)?;
         Ok(())
     }
 }
@@ -399,6 +486,6 @@ mod tests {
         let loads = loads([pages(0, 0, 3 * BATCH_PAGES + 1)].into_iter());
         assert_eq!(loads.iter().map(|load| load.pages).collect::<Vec<_>>(), [8192, 8192, 8192, 1]);
         assert_eq!(loads[3].runs[0].start, 3 * BATCH_PAGES * PAGE_SIZE);
-        assert_eq!(saved_runs(&loads[1])[0], pages(8192 * PAGE_SIZE, 8192, 8192));
+        assert_eq!(saved_runs(&loads[1])[0], (0, pages(8192 * PAGE_SIZE, 8192, 8192)));
     }
 }
