@@ -19,8 +19,8 @@ use ckpt_core::image::{Image, Zombie};
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::memory::Filler;
 use ckpt_core::{
-    Context, DumpError, Footprint, Kcmp, PageRun, Pid, Queue, Refusal, RemoteFd, RemotePtr, RestoreError, SigInfo,
-    Target, TargetError, args, inventory, registry,
+    Context, DumpError, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, Refusal, RemoteFd, RemotePtr, RestoreError,
+    SigInfo, Target, TargetError, args, inventory, registry,
 };
 use libtest_mimic::{Arguments, Trial};
 
@@ -370,6 +370,9 @@ impl Target for FakeTarget {
     fn write(&mut self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
         self.inner().write(to, bytes)
     }
+    fn writer(&self) -> Option<Box<dyn MemoryWriter>> {
+        self.peek().writer()
+    }
     fn fds_out(&mut self, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError> {
         self.inner().fds_out(fds)
     }
@@ -452,6 +455,9 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn write(&mut self, _: RemotePtr, _: &[u8]) -> Result<(), TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn writer(&self) -> Option<Box<dyn MemoryWriter>> {
         unreachable!("a borrowed target")
     }
     fn fds_out(&mut self, _: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError> {

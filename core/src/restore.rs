@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::backend::{RestoreOptions, Restorer, Skeleton};
+use crate::crew;
 use crate::dump::INTERRUPTED;
 use crate::error::{DumpError, RestoreError};
 use crate::image::Process;
@@ -59,6 +60,7 @@ pub fn prepare(
     progress: &mut dyn Progress,
 ) -> Result<Prepared, RestoreError> {
     let image = reader.image();
+    crew::processors();
     progress.phase(Phase::Plan);
     let plan = Plan::new(restorer, image, options)?;
     interruption()?;
@@ -83,9 +85,6 @@ fn rebuild(
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
-    for target in targets.iter_mut() {
-        limits::relax(&mut **target)?;
-    }
     let deleted = files::rebuild_deleted(reader)?;
     let objects = memory::map_all(targets, reader, deleted)?;
     interruption()?;
@@ -97,23 +96,22 @@ fn rebuild(
     for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
         interruption()?;
         filler.fill(index, &mut **target, &process.memory, reader, &mut meter)?;
-        memory::finish(&mut **target, &process.memory)?;
     }
     // Only now that the slow part is done: timers run from here on.
-    for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
+    crew::each(targets, &image.processes, |index, target, process| {
         interruption()?;
-        let initial = threads::ask_main(&mut **target).map_err(asked)?;
+        memory::finish(target, &process.memory)?;
+        let initial = threads::ask_main(target).map_err(asked)?;
         let mut context = Rebuild {
-            target: &mut **target,
+            target,
             thread: 0,
             options,
             initial: &initial,
             deferred: &mut Deferred::default(),
             resource: crate::resource::tasks::NAME,
         };
-        rebuild_process(&mut context, process, index == 0)?;
-    }
-    Ok(())
+        rebuild_process(&mut context, process, index == 0)
+    })
 }
 
 /// A skeleton that could not be asked what it begins with.

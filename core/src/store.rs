@@ -19,14 +19,14 @@ pub struct PageExtent {
 /// An image being written. Dropped without [`publish`](ImageWriter::publish), it leaves nothing behind.
 pub trait ImageWriter {
     /// The page file, for the target itself to write to: page `n` is at byte `n * 4096`. Writes are page aligned in
-    /// memory, length and place, so that it may be open with `O_DIRECT`. Large writes (4 MiB and more) are what makes
+    /// memory, length and place, so that it may be open with `O_DIRECT`, or become so as more pages are reserved. Large writes (4 MiB and more) are what makes
     /// it fast. A target whose `RLIMIT_FSIZE` is below the end of its extent must not be asked: it would get SIGXFSZ.
     fn pages(&self) -> BorrowedFd<'_>;
 
     /// Reserves room for pages, right after what was reserved before.
     fn reserve_pages(&mut self, pages: u64) -> Result<PageExtent, StoreError>;
 
-    /// The CRC-32C of each page of (a part of) what was reserved. Every reserved page must get one.
+    /// The CRC-32C of each page of (a part of) what was reserved, once they are written. Every reserved page must get one.
     fn page_checksums(&mut self, extent: PageExtent, checksums: &[u32]) -> Result<(), StoreError>;
 
     /// Copies the whole content of a file, holes kept.

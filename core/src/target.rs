@@ -208,6 +208,10 @@ pub trait Target: Send + std::any::Any {
     /// Writes the target's memory. The pages must be writable by the target.
     fn write(&mut self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError>;
 
+    /// Writes the target's memory, as [`write`](Target::write), from another thread while batches run; `None` where that is
+    /// not possible.
+    fn writer(&self) -> Option<Box<dyn MemoryWriter>>;
+
     /// Copies descriptors of the target to us.
     fn fds_out(&mut self, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError>;
 
@@ -252,6 +256,11 @@ pub trait Target: Send + std::any::Any {
 
     /// Sets what a thread goes on with when it is released.
     fn set_context(&mut self, thread: usize, context: &Context) -> Result<(), TargetError>;
+}
+
+/// See [`Target::writer`].
+pub trait MemoryWriter: Send + Sync {
+    fn write(&self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError>;
 }
 
 /// What of a target is ckpt's own and no part of the program.

@@ -15,6 +15,8 @@ pub mod header;
 mod partial;
 mod reader;
 mod sparse;
+#[allow(unsafe_code)]
+mod sys;
 pub mod v1;
 pub mod validate;
 pub mod wire;

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_core::procfs::ProcDir;
-use ckpt_core::{Kcmp, PAGE_SIZE, PageRun, Pid, RemoteFd, RemotePtr, TargetError};
+use ckpt_core::{Kcmp, MemoryWriter, PAGE_SIZE, PageRun, Pid, RemoteFd, RemotePtr, TargetError};
 
 use crate::sys::{self, PageRegion, ScanArgument};
 
@@ -146,6 +146,12 @@ impl Process {
             return TargetError::Gone { pid: self.pid };
         }
         TargetError::Driver { pid: self.pid, operation, source }
+    }
+}
+
+impl MemoryWriter for Process {
+    fn write(&self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
+        Process::write(self, to, bytes)
     }
 }
 

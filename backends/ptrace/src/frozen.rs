@@ -13,7 +13,9 @@ use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
-use ckpt_core::{Context, Footprint, Kcmp, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError};
+use ckpt_core::{
+    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::entrance::{self, Entrance, Search};
@@ -344,6 +346,11 @@ impl Target for FrozenTarget {
 
     fn write(&mut self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
         self.process.write(to, bytes)
+    }
+
+    /// Nobody fills a frozen process.
+    fn writer(&self) -> Option<Box<dyn MemoryWriter>> {
+        None
     }
 
     fn fds_out(&mut self, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError> {

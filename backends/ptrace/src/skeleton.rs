@@ -18,8 +18,10 @@ use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{self, Image, Task};
 use ckpt_core::procfs::{Mapping, ProcDir};
+use ckpt_core::resource::limits;
 use ckpt_core::{
-    Context, Footprint, Kcmp, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError, args,
+    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
+    args,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -260,6 +262,7 @@ fn spawn_root(
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         batch.call(Sysno::mremap, args![mapping.start, mapping.len(), mapping.len(), flags, parked.start]);
     }
+    limits::relax(&mut batch);
     let end_of_user_space: u64 = (1 << 47) - 4096;
     let region_end = layout.base + layout.region_size as u64;
     let special_start = layout.special.first().map_or(layout.ours.end, |(_, parked)| parked.start);
@@ -611,6 +614,10 @@ impl Target for SkeletonTarget {
 
     fn write(&mut self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError> {
         self.process().write(to, bytes)
+    }
+
+    fn writer(&self) -> Option<Box<dyn MemoryWriter>> {
+        Some(Box::new(Process::open(self.tids[0]).ok()?))
     }
 
     fn fds_out(&mut self, fds: &[RemoteFd]) -> Result<Vec<OwnedFd>, TargetError> {

@@ -1,7 +1,8 @@
 //! Resource limits (`getrlimit`), soft and hard.
 //!
 //! A skeleton begins with the limits of ckpt. While it is being built its soft limits are as high as its hard ones
-//! ([`relax`]), so that a program with more descriptors than our soft limit can be rebuilt; the saved limits come late.
+//! ([`relax`]), which the root hands on to its descendants, so that a program with more descriptors than our soft limit
+//! can be rebuilt; the saved limits come late.
 //! What is counted against them is not saved but counted anew: CPU time begins at zero.
 
 use crate::args;
@@ -9,7 +10,6 @@ use crate::batch::{Batch, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::ourselves::{Capability, ourselves};
 use crate::resource::{Check, Collect, OfProcess, Rebuild, Resource};
-use crate::target::{Target, TargetError};
 
 /// The limits, by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -105,20 +105,10 @@ fn shown(limit: u64) -> String {
     if limit == libc::RLIM_INFINITY { "unlimited".into() } else { limit.to_string() }
 }
 
-/// Raises the soft limits of a skeleton to its hard ones, so that none is in the way.
-pub fn relax(target: &mut dyn Target) -> Result<(), RestoreError> {
-    let pid = target.pid();
-    let error = |source: TargetError| RestoreError::Target { resource: ResourceLimits::NAME, pid, source };
-    let mut batch = Batch::new();
-    let asked = ask(&mut batch);
-    let replies = target.run(&batch).map_err(error)?;
-    let mut batch = Batch::new();
-    for (number, limit) in asked.into_iter().enumerate() {
-        let words = replies.words(limit);
-        if words[0] != words[1] {
-            let limit = batch.words(&[words[1], words[1]]);
-            batch.call(Sysno::prlimit64, args![0, number, limit, 0]);
-        }
+/// Raises the soft limits of whoever runs the batch to its hard ones, which are ours, so that none is in the way.
+pub fn relax(batch: &mut Batch) {
+    for (number, &hard) in ourselves().hard_limits.iter().enumerate() {
+        let limit = batch.words(&[hard, hard]);
+        batch.call(Sysno::prlimit64, args![0, number, limit, 0]);
     }
-    if batch.is_empty() { Ok(()) } else { target.run(&batch).map(drop).map_err(error) }
 }

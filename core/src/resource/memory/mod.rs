@@ -7,13 +7,15 @@
 //! Not visible to anyone, and so not kept: protection keys that are allocated but not used.
 
 mod collect;
+mod fill;
 mod objects;
 mod pages;
 mod rebuild;
 
 pub use collect::collect;
+pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
-pub use pages::{Eager, Filler, write_pages};
+pub use pages::write_pages;
 pub use rebuild::{check, finish, map_all};
 
 use std::path::PathBuf;

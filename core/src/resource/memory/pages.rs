@@ -1,49 +1,49 @@
-//! Page data: the target itself moves it between its memory and the image.
+//! Page data on its way into the image: the target itself writes it. [`fill`](super::fill) is the way back.
 
 use std::collections::VecDeque;
 use std::io;
 
-use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 
-use crate::args;
 use crate::batch::{Arg, Batch, CallId, Slot, Sysno};
 use crate::dump::interruption;
-use crate::error::{DumpError, RestoreError};
+use crate::error::DumpError;
 use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::{Buffer, checksums, write_direct};
 use crate::resource::memory::{Memory, NAME, Pages, Source};
-use crate::store::{ImageReader, ImageWriter, PageExtent};
+use crate::store::{ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, PageRun, RemotePtr, Rseq, Target, TargetError};
 
 /// Pages that one batch moves at most: its checksums have to fit, and a slow disk is not to outlast the time-out.
-const BATCH_PAGES: u64 = 8192;
+pub(super) const BATCH_PAGES: u64 = 8192;
 /// Runs in one batch at most.
 const BATCH_RUNS: usize = 400;
 
 /// Runs of pages that lie one after the other in the page file, and fit one batch.
 #[derive(Debug, Default)]
-struct Load {
-    runs: Vec<PageRun>,
-    pages: u64,
+pub(super) struct Load {
+    pub runs: Vec<PageRun>,
+    pub pages: u64,
     /// Number of the first page in the page file.
-    first: u64,
+    pub first: u64,
 }
 
-/// Cuts saved pages into loads. `runs` are in the order of the page file.
-fn loads(runs: impl Iterator<Item = Pages>) -> Vec<Load> {
+/// Cuts saved pages into loads of so many pages at most. `runs` are in the order of the page file.
+pub(super) fn loads(runs: impl Iterator<Item = Pages>, most: u64) -> Vec<Load> {
     let mut loads: Vec<Load> = Vec::new();
     for run in runs {
         let (mut start, mut extent) = (run.start, run.extent);
         while extent.pages > 0 {
             let fits = loads.last().is_some_and(|load| {
-                load.runs.len() < BATCH_RUNS && load.pages < BATCH_PAGES && load.first + load.pages == extent.first
+                load.runs.len() < BATCH_RUNS && load.pages < most && load.first + load.pages == extent.first
             });
             if !fits {
                 loads.push(Load { first: extent.first, ..Load::default() });
             }
             let load = loads.last_mut().expect("there is one");
-            let pages = extent.pages.min(BATCH_PAGES - load.pages);
+            let pages = extent.pages.min(most - load.pages);
             load.runs.push(PageRun { start, pages });
             load.pages += pages;
             start += pages * PAGE_SIZE;
@@ -54,23 +54,23 @@ fn loads(runs: impl Iterator<Item = Pages>) -> Vec<Load> {
 }
 
 impl Load {
-    fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.pages * PAGE_SIZE
     }
 
     /// The iovecs of its runs.
-    fn vectors(&self, batch: &mut Batch) -> Slot {
+    pub fn vectors(&self, batch: &mut Batch) -> Slot {
         let words: Vec<u64> = self.runs.iter().flat_map(|run| [run.start, run.pages * PAGE_SIZE]).collect();
         batch.words(&words)
     }
 
     /// Adds the checksums of its pages, in order.
-    fn checksums(&self, batch: &mut Batch) -> Vec<Slot> {
+    pub fn checksums(&self, batch: &mut Batch) -> Vec<Slot> {
         self.runs.iter().map(|run| batch.checksum_pages(RemotePtr(run.start), run.pages as usize)).collect()
     }
 }
 
-fn sums(replies: &crate::batch::Replies, slots: &[Slot]) -> Vec<u32> {
+pub(super) fn sums(replies: &crate::batch::Replies, slots: &[Slot]) -> Vec<u32> {
     let words = slots.iter().flat_map(|&slot| replies.bytes(slot).chunks_exact(4));
     words.map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
 }
@@ -104,7 +104,7 @@ fn write_all(
     for (target, process) in targets.iter_mut().zip(&mut *processes) {
         let pages = find_pages(&mut **target, process)?;
         let by_target = place(&mut process.memory, &pages.by_target, store)?;
-        writings.push(Writing { loads: loads(by_target.into_iter()).into(), running: None });
+        writings.push(Writing { loads: loads(by_target.into_iter(), BATCH_PAGES).into(), running: None });
         writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
         by_us.push(pages.by_us);
     }
@@ -122,8 +122,10 @@ fn write_all(
         for index in busy {
             interruption()?;
             let (target, writing) = (&mut *targets[index], &mut writings[index]);
-            if writing.finish_one(target, store, meter)? {
+            if let Some(written) = writing.finish_one(target)? {
+                // The next is on its way before the store looks after this one.
                 writing.start_next(target, store)?;
+                written.note(target, store, meter)?;
                 still.push(index);
             }
         }
@@ -233,27 +235,40 @@ impl Writing {
         target.send_fd(store.pages()).map_err(failed)
     }
 
-    /// Waits for the load that is being written. Tells whether there was one.
-    fn finish_one(
-        &mut self,
-        target: &mut dyn Target,
-        store: &mut dyn ImageWriter,
-        meter: &mut Meter<'_>,
-    ) -> Result<bool, DumpError> {
-        let Some(Running { load, batch, sums: slots, wrote }) = self.running.take() else { return Ok(false) };
+    /// Waits for the load that is being written, if there is one.
+    fn finish_one(&mut self, target: &mut dyn Target) -> Result<Option<Written>, DumpError> {
+        let Some(Running { load, batch, sums: slots, wrote }) = self.running.take() else { return Ok(None) };
         let pid = target.pid();
         let replies = target.finish(0, &batch);
         let replies = replies.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
-        store.page_checksums(PageExtent { first: load.first, pages: load.pages }, &sums(&replies, &slots))?;
-        match replies.result(wrote) {
-            Ok(wrote) if wrote == load.bytes() => meter.add(load.bytes()),
-            // A full disk gives a short count first. The same pages once more give the reason, or are written.
-            Ok(_) => copy_pages(&mut [target], &saved_runs(&load), store, meter)?,
-            Err(errno) => {
-                return Err(DumpError::Io { what: "writing pages into the image".into(), source: errno.into() });
+        Ok(Some(Written { load, sums: sums(&replies, &slots), wrote: replies.result(wrote) }))
+    }
+}
+
+/// A load that was written, or not.
+struct Written {
+    load: Load,
+    sums: Vec<u32>,
+    wrote: Result<u64, Errno>,
+}
+
+impl Written {
+    fn note(
+        self,
+        target: &mut dyn Target,
+        store: &mut dyn ImageWriter,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), DumpError> {
+        match self.wrote {
+            Ok(wrote) if wrote == self.load.bytes() => {
+                store.page_checksums(PageExtent { first: self.load.first, pages: self.load.pages }, &self.sums)?;
+                meter.add(wrote);
+                Ok(())
             }
+            // A full disk gives a short count first. The same pages once more give the reason, or are written.
+            Ok(_) => copy_pages(&mut [target], &saved_runs(&self.load), store, meter),
+            Err(errno) => Err(DumpError::Io { what: "writing pages into the image".into(), source: errno.into() }),
         }
-        Ok(true)
     }
 }
 
@@ -340,129 +355,13 @@ impl Copier {
 
     fn flush(&mut self, store: &mut dyn ImageWriter, meter: &mut Meter<'_>) -> Result<(), DumpError> {
         let bytes = self.buffer.pages(self.pages);
-        store.page_checksums(PageExtent { first: self.first, pages: self.pages }, &checksums(bytes))?;
         write_direct(store, self.first, bytes)
             .map_err(|source| DumpError::Io { what: format!("{NAME}: writing it into the image"), source })?;
+        store.page_checksums(PageExtent { first: self.first, pages: self.pages }, &checksums(bytes))?;
         meter.add(bytes.len() as u64);
         self.pages = 0;
         Ok(())
     }
-}
-
-/// Brings the pages of an image into a skeleton whose mappings are there.
-pub trait Filler {
-    /// Fills the private pages of one process.
-    fn fill(
-        &mut self,
-        process: usize,
-        target: &mut dyn Target,
-        memory: &Memory,
-        reader: &dyn ImageReader,
-        meter: &mut Meter<'_>,
-    ) -> Result<(), RestoreError>;
-}
-
-/// Reads every page before the release, and checks it.
-pub struct Eager;
-
-impl Filler for Eager {
-    fn fill(
-        &mut self,
-        _process: usize,
-        target: &mut dyn Target,
-        memory: &Memory,
-        reader: &dyn ImageReader,
-        meter: &mut Meter<'_>,
-    ) -> Result<(), RestoreError> {
-        let pid = target.pid();
-        let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
-        let mut saved: Vec<Pages> = memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()).collect();
-        saved.sort_unstable_by_key(|pages| pages.extent.first);
-        let loads = loads(saved.into_iter());
-        if loads.is_empty() {
-            return Ok(());
-        }
-        announce(reader, &loads[0]);
-        prefer_huge_pages(target, memory).map_err(failed)?;
-        let mut batch = Batch::new();
-        let mut file = Some(target.receive_fd(&mut batch).map_err(failed)?);
-        let (mut reading, mut pages) = (Vec::new(), 0);
-        for (index, load) in loads.iter().enumerate() {
-            if let Some(next) = loads.get(index + 1) {
-                announce(reader, next);
-            }
-            let fd = match file {
-                Some(fd) => fd,
-                None => *file.insert(target.receive_fd(&mut batch).map_err(failed)?),
-            };
-            let vectors = load.vectors(&mut batch);
-            let place = load.first * PAGE_SIZE;
-            let pieces = load.runs.len();
-            let read = batch.call(Sysno::preadv, &[fd, vectors.into(), pieces.into(), place.into(), Arg::Value(0)]);
-            let slots = load.checksums(&mut batch);
-            reading.push((load, read, slots));
-            pages += load.pages;
-            let fits = loads.get(index + 1).is_some_and(|next| {
-                // A vector has 16 bytes, and so has a checksum with its room.
-                let room = next.runs.len() * 48 + next.pages as usize * 4 + 128;
-                pages + next.pages <= BATCH_PAGES && batch.has_room(next.runs.len() + 4, room)
-            });
-            if fits {
-                continue;
-            }
-            batch.call(Sysno::close, &[fd]);
-            target.start(0, &batch).map_err(failed)?;
-            target.send_fd(reader.pages()).map_err(failed)?;
-            let replies = target.finish(0, &batch).map_err(failed)?;
-            for (load, read, slots) in reading.drain(..) {
-                let saved = reader.page_checksums(PageExtent { first: load.first, pages: load.pages })?;
-                let found = sums(&replies, &slots);
-                if replies.value(read) != load.bytes() || found != saved {
-                    let bad = found.iter().zip(&saved).position(|(found, saved)| found != saved).unwrap_or(0);
-                    return Err(reader.damaged_page(load.first + bad as u64).into());
-                }
-                meter.add(load.bytes());
-            }
-            (batch, file, pages) = (Batch::new(), None, 0);
-        }
-        Ok(())
-    }
-}
-
-/// Has the kernel fetch the pages of a load from the medium while those of another are copied.
-fn announce(reader: &dyn ImageReader, load: &Load) {
-    let (offset, length) = ((load.first * PAGE_SIZE) as i64, load.bytes() as i64);
-    // A hint: without it they are only fetched later.
-    let _ = posix_fadvise(reader.pages(), offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
-}
-
-/// Has the kernel back by huge pages what will be filled in whole: reading into them takes half the time of reading into
-/// small pages that have yet to be found one by one. `MADV_COLLAPSE` (kernel 6.1) leaves no mark on the mapping; where it is
-/// not to be had, the pages are small, which is no error.
-fn prefer_huge_pages(target: &mut dyn Target, memory: &Memory) -> Result<(), TargetError> {
-    const HUGE: u64 = 2 << 20;
-    const MADV_POPULATE_WRITE: i32 = 23;
-    const MADV_COLLAPSE: i32 = 25;
-    let mut batch = Batch::new();
-    for mapping in &memory.mappings {
-        if mapping.source != Source::Anonymous || mapping.shared || mapping.flags.contains(b"nh") {
-            continue;
-        }
-        for run in &mapping.pages {
-            let start = run.start.next_multiple_of(HUGE);
-            let end = (run.start + run.extent.pages * PAGE_SIZE) / HUGE * HUGE;
-            for at in (start..end).step_by(HUGE as usize) {
-                // A page has to be there for the others to be put beside it.
-                batch.try_call(Sysno::madvise, args![at, PAGE_SIZE, MADV_POPULATE_WRITE]);
-                batch.try_call(Sysno::madvise, args![at, HUGE, MADV_COLLAPSE]);
-                if !batch.has_room(2, 0) {
-                    target.run(&std::mem::take(&mut batch))?;
-                }
-            }
-        }
-    }
-    target.run(&batch)?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -476,14 +375,14 @@ mod tests {
     #[test]
     fn loads_hold_what_fits_and_what_is_in_sequence() {
         let runs = [pages(0x1000, 0, 2), pages(0x9000, 2, 3), pages(0x20000, 9, 1)];
-        let loads = loads(runs.into_iter());
+        let loads = loads(runs.into_iter(), BATCH_PAGES);
         assert_eq!(loads.len(), 2, "a gap in the page file begins a new load");
         assert_eq!((loads[0].pages, loads[0].runs.len(), loads[1].first), (5, 2, 9));
     }
 
     #[test]
     fn a_large_run_is_cut() {
-        let loads = loads([pages(0, 0, 3 * BATCH_PAGES + 1)].into_iter());
+        let loads = loads([pages(0, 0, 3 * BATCH_PAGES + 1)].into_iter(), BATCH_PAGES);
         assert_eq!(loads.iter().map(|load| load.pages).collect::<Vec<_>>(), [8192, 8192, 8192, 1]);
         assert_eq!(loads[3].runs[0].start, 3 * BATCH_PAGES * PAGE_SIZE);
         assert_eq!(saved_runs(&loads[1])[0], (0, pages(8192 * PAGE_SIZE, 8192, 8192)));

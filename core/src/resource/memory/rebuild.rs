@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::args;
 use crate::batch::{Arg, Batch, Slot, Sysno};
+use crate::crew;
 use crate::error::RestoreError;
 use crate::resource::Check;
 use crate::resource::files::{Expect, Identity};
@@ -44,9 +45,9 @@ pub fn map_all(
     deleted: Vec<OwnedFd>,
 ) -> Result<Rebuilt, RestoreError> {
     let rebuilt = objects::rebuild(targets, reader, deleted)?;
-    for (target, process) in targets.iter_mut().zip(&reader.image().processes) {
-        map_process(&mut **target, &process.memory, &rebuilt)?;
-    }
+    crew::each(targets, &reader.image().processes, |_, target, process| {
+        map_process(target, &process.memory, &rebuilt)
+    })?;
     objects::seal(&reader.image().memory_objects, &rebuilt.objects)?;
     Ok(rebuilt)
 }
