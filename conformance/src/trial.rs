@@ -59,6 +59,8 @@ const SWITCH: &str = "--ckpt-trial";
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// From the sign to go on until it has ended.
 const VERDICT_DEADLINE: Duration = Duration::from_secs(60);
+/// Until every thread is back where it was.
+const SETTLED: Duration = Duration::from_millis(500);
 /// For one round of dump and restore.
 const ROUND_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -348,8 +350,20 @@ impl Init<'_> {
         (pids, if self.case.loses_names { visible.without_deleted_names() } else { visible })
     }
 
-    /// Compares the tree with how it looked.
+    /// Compares the tree with how it looked. A thread that was interrupted in a call may not be back in it at once (of
+    /// `sigsuspend` that shows in its mask), so a difference has to stay.
     fn compare(&mut self, before: (BTreeSet<i32>, Visible), when: &str) -> Verdict {
+        let begin = Instant::now();
+        loop {
+            let difference = self.difference(&before, when);
+            if difference.is_ok() || begin.elapsed() > SETTLED {
+                return difference;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn difference(&mut self, before: &(BTreeSet<i32>, Visible), when: &str) -> Verdict {
         let after = self.look();
         if !after.0.contains(&self.root) {
             let status = self.ended.get(&self.root).map(|status| format!(" ({status})")).unwrap_or_default();

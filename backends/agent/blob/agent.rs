@@ -21,6 +21,15 @@ mod protocol;
 use protocol::*;
 
 const SYS_READ: u64 = 0;
+const SYS_POLL: u64 = 7;
+const SYS_MPROTECT: u32 = 10;
+const SYS_RT_SIGRETURN: u32 = 15;
+const SYS_SOCKETPAIR: u64 = 53;
+const SYS_PIDFD_OPEN: u64 = 434;
+const AF_UNIX: u64 = 1;
+const SOCK_SEQPACKET: u64 = 5;
+const SOCK_CLOEXEC: u64 = 0o2000000;
+const POLLIN: u32 = 1;
 const SYS_CLOSE: u64 = 3;
 const SYS_NANOSLEEP: u64 = 35;
 const SYS_SENDTO: u64 = 44;
@@ -31,6 +40,7 @@ const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 const MSG_NOSIGNAL: u64 = 0x4000;
 const EINTR: i64 = 4;
+const ESRCH: i32 = 3;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
@@ -38,11 +48,80 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 }
 
 /// Entered with the lane in `rdi` and a stack of the agent's own.
+///
+/// In a frozen target, `rsi` and `rdx` are the part of the region that is to become writable, lane and stack included: it
+/// was mapped with one call. Where that fails, the thread leaves through its frame at once.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = ".text.entry")]
 #[unsafe(naked)]
 unsafe extern "C" fn _start() -> ! {
-    naked_asm!("and rsp, -16", "call {serve}", "ud2", serve = sym serve)
+    naked_asm!(
+        "test rsi, rsi",
+        "jz 2f",
+        "mov r12, rdi",
+        "mov rdi, rsi",
+        "mov rsi, rdx",
+        "mov edx, 3",
+        "mov eax, {mprotect}",
+        "syscall",
+        "mov rdi, r12",
+        "test rax, rax",
+        "jz 3f",
+        "mov rsp, [rdi + {frame}]",
+        "mov eax, {sigreturn}",
+        "syscall",
+        "ud2",
+        "3:",
+        "and rsp, -16",
+        "call {boot}",
+        "ud2",
+        "2:",
+        "and rsp, -16",
+        "call {serve}",
+        "ud2",
+        mprotect = const SYS_MPROTECT,
+        sigreturn = const SYS_RT_SIGRETURN,
+        frame = const core::mem::offset_of!(Lane, frame),
+        boot = sym boot,
+        serve = sym serve,
+    )
+}
+
+/// Makes the sockets of a frozen target. Until the driver has its own, its end is watched for by other means.
+unsafe extern "C" fn boot(lane: *mut Lane) -> ! {
+    unsafe {
+        let pair = &raw mut (*lane).pair;
+        let made = system(SYS_SOCKETPAIR, [AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair as u64, 0, 0]);
+        let [ours, theirs] = pair.read_volatile();
+        (*lane).socket = ours;
+        let driver = (*lane).driver;
+        let pidfd = if driver == 0 { -1 } else { system(SYS_PIDFD_OPEN, [driver as u64, 0, 0, 0, 0, 0]) as i32 };
+        (*lane).watch = pidfd;
+        let state = &*(&raw const (*lane).boot).cast::<AtomicU32>();
+        state.store(if made < 0 { made as u32 } else { BOOT_READY as u32 }, Ordering::Release);
+        system(SYS_FUTEX, [&raw const (*lane).boot as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+        // struct pollfd: descriptor, events, returned events. A descriptor below 0 is passed over.
+        let events = POLLIN as u64;
+        let mut watched = [ours as u32 as u64 | events << 32, pidfd as u32 as u64 | events << 32];
+        if made < 0 {
+            watched[0] = u32::MAX as u64;
+        }
+        // Whom we cannot watch has this long to send something. That it has our socket shows afterwards in any case.
+        let limit = match pidfd {
+            0.. => -1i64 as u64,
+            gone if gone == -ESRCH => 0,
+            _ => 2000,
+        };
+        while system(SYS_POLL, [watched.as_mut_ptr() as u64, 2, limit, 0, 0, 0]) == -EINTR {}
+        if pidfd >= 0 {
+            system(SYS_CLOSE, [pidfd as u64, 0, 0, 0, 0, 0]);
+        }
+        if made < 0 {
+            sigreturn((*lane).frame);
+        }
+        system(SYS_CLOSE, [theirs as u64, 0, 0, 0, 0, 0]);
+        serve(lane)
+    }
 }
 
 #[inline(always)]
@@ -164,9 +243,6 @@ unsafe fn leave(lane: *mut Lane) -> ! {
                 system(SYS_CLOSE, [borrowed as u64 - 1, 0, 0, 0, 0, 0]);
             }
             n += 1;
-        }
-        if skeleton {
-            sigreturn((*lane).frame);
         }
         // The region goes last: not before every other thread has said, from outside of it, that it is out. One that was
         // just being sent in or taken out may never say so: then the region stays.

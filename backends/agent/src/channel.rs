@@ -23,6 +23,8 @@ pub enum Wait {
     Socket { ours: OwnedFd, theirs: RemoteFd },
     /// On a futex, beside a main thread that watches a socket.
     Futex,
+    /// It makes its sockets first: see [`Channel::connect`].
+    Booting,
 }
 
 /// A lane with an agent in it.
@@ -56,17 +58,17 @@ impl Channel {
                 command: 0,
                 done: 0,
                 wait: match channel.wait {
-                    Wait::Socket { .. } => protocol::WAIT_SOCKET,
+                    Wait::Socket { .. } | Wait::Booting => protocol::WAIT_SOCKET,
                     Wait::Futex => protocol::WAIT_FUTEX,
                 },
                 leave: protocol::LEAVE_SKELETON,
                 socket: match &channel.wait {
                     Wait::Socket { theirs, .. } => theirs.0,
-                    Wait::Futex => -1,
+                    Wait::Futex | Wait::Booting => -1,
                 },
                 calls: 0,
                 ran: 0,
-                _reserved: 0,
+                boot: protocol::BOOT_WAITING,
                 call_array: lane + layout.calls as u64,
                 control: base + CODE_SIZE as u64,
                 frame: 0,
@@ -76,6 +78,9 @@ impl Channel {
                 threads: 0,
                 thread_count: 0,
                 thread_stride: 0,
+                pair: [-1; 2],
+                driver: 0,
+                watch: -1,
             },
         );
         // A new thread or process takes its lane from the top of its stack.
@@ -125,8 +130,13 @@ impl Channel {
     /// Frozen targets: when we are gone, the agent hands the thread back through the frame at this address; through the
     /// plain one, where it cannot be known whether the region may go.
     pub fn set_healing(&mut self, frame: u64, plain_frame: u64) {
+        self.change(|lane| lane.leave = protocol::LEAVE_HEAL);
+        self.set_way(frame, plain_frame);
+    }
+
+    /// Skeletons that are about to be released: the same frames of a way that leads through the program's own stack.
+    pub fn set_way(&mut self, frame: u64, plain_frame: u64) {
         self.change(|lane| {
-            lane.leave = protocol::LEAVE_HEAL;
             lane.frame = frame;
             lane.plain_frame = plain_frame;
         });
@@ -152,12 +162,56 @@ impl Channel {
         self.change(|lane| lane.left = 1);
     }
 
+    /// Frozen targets: whose end ends the wait for a first batch; 0 for nobody's.
+    pub fn set_driver(&mut self, driver: i32) {
+        self.change(|lane| lane.driver = driver);
+    }
+
+    /// Frozen targets: waits until the agent has made its sockets, and takes ours with `take`.
+    pub fn connect(
+        &mut self,
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+        take: impl FnOnce(RemoteFd) -> Result<OwnedFd, TargetError>,
+    ) -> Result<(), TargetError> {
+        let deadline = Instant::now() + BATCH_TIMEOUT;
+        let word = self.region.mapping().atomic(self.offset + std::mem::offset_of!(Lane, boot));
+        let mut looks = 200;
+        loop {
+            match word.load(Ordering::Acquire) as i32 {
+                protocol::BOOT_READY => break,
+                protocol::BOOT_WAITING if looks > 0 => {
+                    looks -= 1;
+                    std::thread::yield_now();
+                }
+                protocol::BOOT_WAITING => {
+                    sys::futex_wait(word, protocol::BOOT_WAITING as u32, Duration::from_millis(20));
+                    idle()?;
+                    if Instant::now() > deadline {
+                        return Err(TargetError::TimedOut { pid: self.pid, seconds: BATCH_TIMEOUT.as_secs() });
+                    }
+                }
+                error => {
+                    return Err(self.driver_error("a socket in the process", io::Error::from_raw_os_error(-error)));
+                }
+            }
+        }
+        let [theirs, ours] = self.head().pair.map(RemoteFd);
+        self.wait = Wait::Socket { ours: take(ours)?, theirs };
+        Ok(())
+    }
+
+    /// Frozen targets: what the agent has open, should it not have come to [`connect`](Channel::connect).
+    pub fn boot_descriptors(&self) -> Vec<RemoteFd> {
+        let Lane { pair, watch, .. } = self.head();
+        pair.into_iter().chain([watch]).filter(|&fd| fd >= 0).map(RemoteFd).collect()
+    }
+
     /// Skeletons: the frame that the thread goes on through if we are lost after the release.
     pub fn set_frame(&mut self, frame: &[u8]) {
         assert!(frame.len() <= FRAME_SIZE);
         self.region.mapping().write(self.offset + self.kind.layout().frame, frame);
         let address = self.frame_address();
-        self.change(|lane| lane.frame = address);
+        self.set_way(address, address);
     }
 
     /// The futex lanes of the same process, one after the other in the region.
@@ -173,7 +227,7 @@ impl Channel {
     pub fn their_socket(&self) -> Option<RemoteFd> {
         match &self.wait {
             Wait::Socket { theirs, .. } => Some(*theirs),
-            Wait::Futex => None,
+            Wait::Futex | Wait::Booting => None,
         }
     }
 
@@ -235,6 +289,7 @@ impl Channel {
                 command.fetch_add(1, Ordering::Release);
                 sys::futex_wake(command);
             }
+            Wait::Booting => unreachable!("a lane is connected before it is used"),
         }
         Ok(())
     }
@@ -322,6 +377,7 @@ impl Channel {
                         return Ok(());
                     }
                 }
+                Wait::Booting => unreachable!("a lane is connected before it is used"),
             }
             idle()?;
             if Instant::now() > deadline {

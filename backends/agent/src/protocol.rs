@@ -51,6 +51,10 @@ pub const LEAVE_SKELETON: u32 = 1;
 /// In [`Lane::command`] of a futex lane: return through the frame.
 pub const COMMAND_LEAVE: u32 = u32::MAX;
 
+/// Values of [`Lane::boot`]. Another value is the negative error number of the call that failed.
+pub const BOOT_WAITING: i32 = 0;
+pub const BOOT_READY: i32 = 1;
+
 /// The head of a lane. Addresses are the target's.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -67,7 +71,8 @@ pub struct Lane {
     pub calls: u32,
     /// Calls that were run.
     pub ran: u32,
-    pub _reserved: u32,
+    /// Frozen targets, main lane: whether the agent has made its sockets.
+    pub boot: i32,
     pub call_array: u64,
     pub control: u64,
     /// A `struct ucontext` for `rt_sigreturn`, through which the thread leaves the agent.
@@ -83,4 +88,12 @@ pub struct Lane {
     pub threads: u64,
     pub thread_count: u64,
     pub thread_stride: u64,
+    /// Frozen targets, main lane: the sockets that the agent makes: its own, and the driver's, which the driver takes
+    /// (`pidfd_getfd`) before it sends anything.
+    pub pair: [i32; 2],
+    /// Frozen targets, main lane: the driver, whose end is noticed while it has no socket yet; 0 where the target knows it by
+    /// another number.
+    pub driver: i32,
+    /// Frozen targets, main lane: by what the agent watches the driver.
+    pub watch: i32,
 }

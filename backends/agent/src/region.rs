@@ -75,12 +75,12 @@ impl Region {
     pub fn create(size: usize) -> io::Result<Region> {
         let name = c"ckpt-agent";
         let memfd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+        nix::unistd::ftruncate(&memfd, size as i64)?;
         Region::adopt(memfd, size)
     }
 
-    /// Makes a region of an empty memfd, which a target may have made.
+    /// Makes a region of empty shared memory of its size, which a target may have made.
     pub fn adopt(memfd: OwnedFd, size: usize) -> io::Result<Region> {
-        nix::unistd::ftruncate(&memfd, size as i64)?;
         let mapping = SharedMapping::new(memfd.as_fd(), size)?;
         mapping.write(0, BLOB);
         Ok(Region { memfd, mapping })

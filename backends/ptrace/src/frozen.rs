@@ -16,6 +16,7 @@ use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
 };
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::entrance::{self, Entrance, Search};
@@ -115,11 +116,6 @@ fn enter_on_some_thread(
     result.map(|channel| (0, channel))
 }
 
-/// A result of an injected call, or what it failed with.
-fn succeed(result: i64) -> Result<u64, TraceError> {
-    ckpt_core::batch::decode(result).map_err(|errno| TraceError::Io(errno.into()))
-}
-
 fn enter_on(
     process: &Process,
     tracee: &mut Tracee,
@@ -127,61 +123,37 @@ fn enter_on(
     base: u64,
     size: usize,
 ) -> Result<Channel, TraceError> {
-    const NAME: u64 = u64::from_le_bytes(*b"ckpt\0\0\0\0");
-    let call = |tracee: &mut Tracee, number, args| succeed(tracee.inject(entrance, number, args)?);
-    let scratch = tracee.scratch();
-    process.force_write(RemotePtr(scratch), &NAME.to_le_bytes())?;
+    // One call, whose result is known before: at each instant the way back undoes it, should we be lost.
     let unmap = (libc::SYS_munmap, [base, size as u64]);
-    let close = |fd: u64| (libc::SYS_close, [fd, 0]);
-    let memfd = call(tracee, libc::SYS_memfd_create, [scratch, libc::MFD_CLOEXEC as u64, 0, 0, 0, 0])?;
-    // What there is to undo at each step, a lost driver takes along.
-    tracee.undo_with(process, entrance, &[close(memfd)])?;
-    let adopted = process.fd(RemoteFd(memfd as i32)).map_err(TraceError::Target);
-    let region = adopted.and_then(|memfd| Ok(Arc::new(Region::adopt(memfd, size)?)));
-    let map = |at: u64, len: u64, protection: i32| {
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
-        [base + at, len, protection as u64, flags as u64, memfd, at]
-    };
-    let code = CODE_SIZE as u64;
-    let mut mapped = region.and_then(|region| {
-        call(tracee, libc::SYS_mmap, map(0, code, libc::PROT_READ | libc::PROT_EXEC))?;
-        Ok(region)
-    });
-    if mapped.is_ok() {
-        tracee.undo_with(process, entrance, &[unmap, close(memfd)])?;
-        let rest = map(code, size as u64 - code, libc::PROT_READ | libc::PROT_WRITE);
-        if let Err(error) = call(tracee, libc::SYS_mmap, rest) {
-            mapped = Err(error);
-        }
-        // Without the descriptor, before it is closed: then its number may be the program's.
-        tracee.undo_with(process, entrance, &[unmap])?;
-    } else {
-        tracee.undo_nothing();
-    }
-    call(tracee, libc::SYS_close, [memfd, 0, 0, 0, 0, 0])?;
-    let region = mapped.or_else(|error| give_up(tracee, entrance, unmap, error))?;
-    let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u64;
-    let scratch = tracee.scratch();
-    let pair = call(tracee, libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch, 0, 0]);
-    let connected = pair.and_then(|_| {
-        let mut pair = [0; 8];
-        process.read(RemotePtr(scratch), &mut pair)?;
-        let theirs = i32::from_ne_bytes(pair[..4].try_into().unwrap());
-        let ours = i32::from_ne_bytes(pair[4..].try_into().unwrap());
-        tracee.undo_with(process, entrance, &[close(ours as u64), close(theirs as u64), unmap])?;
-        let fetched = process.fd(RemoteFd(ours));
-        tracee.undo_with(process, entrance, &[close(theirs as u64), unmap])?;
-        call(tracee, libc::SYS_close, [ours as u64, 0, 0, 0, 0, 0])?;
-        Ok((fetched?, RemoteFd(theirs)))
-    });
-    let (ours, theirs) = connected.or_else(|error| give_up(tracee, entrance, unmap, error))?;
-    let pid = process.proc.pid();
-    let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Socket { ours, theirs });
-    // The agent closes its socket itself.
     let frame = tracee.undo_with(process, entrance, &[unmap])?;
-    channel.set_healing(frame, tracee.plain_frame());
-    tracee.enter_agent(&channel)?;
-    Ok(channel)
+    let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+    let mapped = tracee.inject(entrance, libc::SYS_mmap, [base, size as u64, protection, flags, u64::MAX, 0])?;
+    ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::Io(errno.into()))?;
+    let entered = (|| {
+        let name = format!("map_files/{base:x}-{:x}", base + size as u64);
+        let memory = process.proc.open_with(name, OFlag::O_RDWR)?;
+        let region = Arc::new(Region::adopt(memory.into(), size)?);
+        let pid = process.proc.pid();
+        let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Booting);
+        channel.set_healing(frame, tracee.plain_frame());
+        if process.proc.link("ns/pid").ok() == ProcDir::open(Pid(std::process::id() as i32))?.link("ns/pid").ok() {
+            channel.set_driver(std::process::id() as i32);
+        }
+        // The code stays as it is; what the agent writes to becomes writable when it comes there.
+        tracee.enter_agent(&channel, Some(base + CODE_SIZE as u64..base + size as u64))?;
+        match channel.connect(&mut || keep_running(tracee, pid), |fd| process.fd(fd)) {
+            Ok(()) => Ok(channel),
+            Err(error) => {
+                tracee.leave_agent()?;
+                for fd in channel.boot_descriptors() {
+                    tracee.inject(entrance, libc::SYS_close, [fd.0 as u64, 0, 0, 0, 0, 0])?;
+                }
+                Err(error.into())
+            }
+        }
+    })();
+    entered.or_else(|error| give_up(tracee, entrance, unmap, error))
 }
 
 /// Takes the region away again, after an error.
@@ -191,6 +163,9 @@ fn give_up<T>(
     (number, args): (libc::c_long, [u64; 2]),
     error: TraceError,
 ) -> Result<T, TraceError> {
+    if tracee.is_agent() {
+        tracee.leave_agent()?;
+    }
     tracee.undo_nothing();
     let _ = tracee.inject(entrance, number, [args[0], args[1], 0, 0, 0, 0]);
     Err(error)
@@ -238,7 +213,7 @@ impl FrozenTarget {
         let first = self.lanes.first().map_or(lane.address(), |(_, first)| first.address());
         // Before it is there, so that at no instant it is there and would not be told to leave.
         self.channel.set_threads(first, self.lanes.len() + 1);
-        let entered = tracee.enter_agent(&lane);
+        let entered = tracee.enter_agent(&lane, None);
         self.lanes.push((thread, lane));
         entered?;
         Ok(self.lanes.len() - 1)
@@ -257,12 +232,13 @@ impl FrozenTarget {
         let tracee = &mut self.tracees[self.host];
         if tracee.is_agent() {
             tracee.leave_agent()?;
-            tracee.undo_nothing();
             let (base, size) = self.region;
-            tracee.inject(&self.entrance, libc::SYS_munmap, [base, size, 0, 0, 0, 0])?;
+            // Should we be lost now, the way back still begins with the call that takes the region away.
             if let Some(socket) = self.channel.their_socket() {
                 tracee.inject(&self.entrance, libc::SYS_close, [socket.0 as u64, 0, 0, 0, 0, 0])?;
             }
+            tracee.undo_nothing();
+            tracee.inject(&self.entrance, libc::SYS_munmap, [base, size, 0, 0, 0, 0])?;
         }
         for tracee in &mut self.tracees {
             tracee.put_back(&self.process)?;

@@ -1,8 +1,9 @@
 //! The release: the whole tree goes on at once, and nothing of us stays in it.
 //!
-//! Every thread of the tree is brought to a ptrace stop inside its agent. Should we be lost until then, the agents end.
-//! One store commits: from there on an agent that loses us hands its thread to the program, through the frame in its lane.
-//! Then each thread gets its registers, the agents' mapping is removed, and all are let go.
+//! Every thread of the tree is brought to a ptrace stop inside its agent, and finds its way to the program below its
+//! stack. Should we be lost until then, the agents end. One store commits: from there on an agent that loses us hands its
+//! thread to the program, and the last takes the region away. Then each thread gets its registers, the agents' mapping is
+//! removed, and all are let go.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use ckpt_core::Target;
 use ckpt_core::error::RestoreError;
 use ckpt_core::procfs::Mapping;
 
-use crate::entrance::{self, Search};
+use crate::entrance::{self, Entrance, Search};
 use crate::skeleton::{SkeletonTarget, SkeletonTree};
 use crate::sys;
 use crate::tracee::{self, TraceError, Tracee};
@@ -22,12 +23,16 @@ pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
     for target in tree.each() {
         stopped.push(stop(target)?);
     }
+    let mut search = Search::default();
+    let mut entrances = Vec::new();
+    for (target, tracees) in tree.each().zip(&mut stopped) {
+        entrances.push(prepare(target, tracees, &mut search).map_err(|error| failed(target, error))?);
+    }
     tree.region.commit();
     tree.released = true;
-    let mut search = Search::default();
     let mut first_error = None;
-    for (target, tracees) in tree.each().zip(&mut stopped) {
-        if let Err(error) = hand_over(target, tracees, &mut search) {
+    for ((target, tracees), (entrance, mappings)) in tree.each().zip(&mut stopped).zip(&entrances) {
+        if let Err(error) = hand_over(target, tracees, entrance, mappings) {
             // The tree is committed: what is left to do, the agents do themselves when we let go of them.
             first_error.get_or_insert(failed(target, error));
         }
@@ -74,31 +79,69 @@ fn stop(target: &SkeletonTarget) -> Result<Vec<Tracee>, RestoreError> {
     attempt().map_err(|error| failed(target, error))
 }
 
+/// Lays out each thread's way to the program without us. Where there is no room below a stack, the frame in the lane is all
+/// that it has, and then the region stays should we be lost.
+fn prepare(
+    target: &mut SkeletonTarget,
+    tracees: &mut [Tracee],
+    search: &mut Search,
+) -> Result<(Entrance, Vec<Mapping>), TraceError> {
+    let ours = target.ours();
+    let process = target.process();
+    let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
+    let entrance = search.entrance(process, &mappings)?;
+    let unmap = (libc::SYS_munmap, [ours.start, ours.end - ours.start]);
+    let lefts: Vec<u64> = target.channels.iter().map(|channel| channel.left_address()).collect();
+    let mut ways = Vec::with_capacity(tracees.len());
+    for (index, tracee) in tracees.iter_mut().enumerate() {
+        let way = match tracee.establish(process, &entrance, &mappings) {
+            Ok(()) if index == 0 => Some(tracee.undo_with(process, &entrance, &[unmap])?),
+            Ok(()) => Some(tracee.undo_with(process, &entrance, &[(libc::SYS_time, [lefts[index], 0])])?),
+            Err(TraceError::NoStack(_)) => None,
+            Err(error) => return Err(error),
+        };
+        ways.push(way.map(|frame| (frame, tracee.plain_frame())));
+    }
+    for (channel, way) in target.channels.iter_mut().zip(ways) {
+        if let Some((frame, plain)) = way {
+            channel.set_way(frame, plain);
+        }
+    }
+    Ok((entrance, mappings))
+}
+
 /// Gives every thread its registers, the main thread last: as long as it is in the agent, it wakes those that are.
-fn hand_over(target: &mut SkeletonTarget, tracees: &mut [Tracee], search: &mut Search) -> Result<(), TraceError> {
+fn hand_over(
+    target: &mut SkeletonTarget,
+    tracees: &mut [Tracee],
+    entrance: &Entrance,
+    mappings: &[Mapping],
+) -> Result<(), TraceError> {
     let (main, others) = tracees.split_first_mut().expect("a process has a thread");
-    for tracee in &*others {
+    for (tracee, channel) in others.iter().zip(&mut target.channels[1..]) {
         tracee.set_context()?;
+        channel.set_left();
     }
     let socket = target.agent_fd().0 as u64;
     let ours = target.ours();
     let unmap = [ours.start, ours.end - ours.start, 0, 0, 0, 0];
     let process = target.process();
-    let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
-    let entrance = search.entrance(process, &mappings)?;
     // On the main thread; where its stack has no room for the way back, on another that has.
-    let mut on = inject_leave(process, main, &entrance, &mappings, unmap, socket);
-    for tracee in others {
+    let mut on = inject_leave(process, main, entrance, mappings, unmap, socket);
+    for tracee in &mut *others {
         if !matches!(on, Err(TraceError::NoStack(_))) {
             break;
         }
-        on = inject_leave(process, tracee, &entrance, &mappings, unmap, socket).and_then(|()| tracee.put_back(process));
+        on = inject_leave(process, tracee, entrance, mappings, unmap, socket).and_then(|()| tracee.put_back(process));
     }
     if !matches!(on, Err(TraceError::NoStack(_))) {
         on?;
     }
+    for tracee in others {
+        tracee.clear_way(process);
+    }
     main.put_back(process)?;
-    entrance::remove_stub(process, &entrance);
+    entrance::remove_stub(process, entrance);
     Ok(())
 }
 

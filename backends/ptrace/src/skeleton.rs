@@ -38,7 +38,7 @@ pub struct SkeletonTarget {
     /// Opened once the process is there.
     process: Option<Process>,
     /// The main thread's lane, then those of the others.
-    channels: Vec<Channel>,
+    pub(crate) channels: Vec<Channel>,
     pub(crate) contexts: Vec<Option<Context>>,
     pub(crate) stopped: bool,
     ours: Range<u64>,

@@ -257,7 +257,7 @@ pub fn spawn_agent(
         // runs in the child, so that it does not matter in what state our copy of the memory is.
         unsafe {
             std::arch::asm!("mov rsp, {stack}", "jmp {entry}", stack = in(reg) stack_top, entry = in(reg) entry,
-                in("rdi") lane, options(noreturn));
+                in("rdi") lane, in("rsi") 0, options(noreturn));
         }
     }
     let error = io::Error::last_os_error();

@@ -1,6 +1,7 @@
 //! One stopped thread of a target: what it was doing, and system calls made in its name.
 
 use std::io;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ckpt_agent::process::Process;
@@ -51,8 +52,6 @@ struct Foothold {
 
 /// The part of the stack below the stack pointer that belongs to the program (x86-64 psABI).
 const RED_ZONE: u64 = 128;
-/// Bytes for arguments of injected calls.
-const SCRATCH: u64 = 64;
 /// A frame without vector state, and the address of the restorer before it.
 const UNDO_SLOT: u64 = 384;
 /// Calls that the way back may begin with.
@@ -151,7 +150,7 @@ impl Tracee {
     }
 
     fn foothold_size(&self) -> u64 {
-        RED_ZONE + frame::size(self.xsave.len()) as u64 + MOST_UNDOS * UNDO_SLOT + SCRATCH + 256
+        RED_ZONE + frame::size(self.xsave.len()) as u64 + MOST_UNDOS * UNDO_SLOT + 256
     }
 
     /// Writes the way back below the stack. Without room for it, nothing is written.
@@ -171,7 +170,7 @@ impl Tracee {
         let size = frame::size(self.xsave.len()) as u64;
         let last_frame = (self.ready.rsp - RED_ZONE - size) & !63;
         let last_slot = last_frame - 8;
-        let low = last_slot - MOST_UNDOS * UNDO_SLOT - SCRATCH;
+        let low = last_slot - MOST_UNDOS * UNDO_SLOT;
         let mut saved = vec![0; (last_frame + size - low) as usize];
         // A stack that has yet to grow holds zeros there.
         let _ = process.read(RemotePtr(low), &mut saved);
@@ -209,16 +208,11 @@ impl Tracee {
             next -= UNDO_SLOT;
             let mut bytes = entrance.restorer.to_ne_bytes().to_vec();
             bytes.extend(frame::build_plain(&general, u64::MAX));
-            assert!(bytes.len() as u64 <= UNDO_SLOT && next >= foothold.low + SCRATCH);
+            assert!(bytes.len() as u64 <= UNDO_SLOT && next >= foothold.low);
             write(process, next, &bytes)?;
         }
         foothold.slot = next;
         Ok(next + 8)
-    }
-
-    /// 64 bytes of its memory for arguments, once a call has been injected.
-    pub fn scratch(&self) -> u64 {
-        self.foothold.as_ref().expect("the way back was established").low
     }
 
     /// The signals pending for it, or for its whole process.
@@ -294,11 +288,15 @@ impl Tracee {
 
     /// Sends it into the agent, with the lane's address in `rdi`, on the lane's own stack: the program's is part of what
     /// is saved, and stays as it is.
-    pub fn enter_agent(&mut self, channel: &Channel) -> Result<(), TraceError> {
+    ///
+    /// `writable` is what the agent has to make writable first, where it comes into a region that was just mapped.
+    pub fn enter_agent(&mut self, channel: &Channel, writable: Option<Range<u64>>) -> Result<(), TraceError> {
         let (stack, stack_size) = channel.stack();
         let general = General {
             rip: channel.entry(),
             rdi: channel.address(),
+            rsi: writable.as_ref().map_or(0, |part| part.start),
+            rdx: writable.as_ref().map_or(0, |part| part.end - part.start),
             rsp: stack + stack_size,
             rax: 0,
             orig_rax: u64::MAX,
@@ -348,9 +346,7 @@ impl Tracee {
     /// would go on rightly if it were let go.
     pub fn put_back(&mut self, process: &Process) -> Result<(), TraceError> {
         if self.position == Position::Frozen {
-            if let Some(foothold) = self.foothold.take() {
-                let _ = process.write(RemotePtr(foothold.low), &foothold.saved);
-            }
+            self.clear_way(process);
             // The kernel restarts what it stopped, but for the calls that gave up.
             if restart::interrupted(&self.original) == Interrupted::GaveUp {
                 sys::set_general(self.tid, &self.ready)?;
@@ -366,11 +362,16 @@ impl Tracee {
             self.wait_interrupted()?;
         }
         self.put_back_registers()?;
+        self.clear_way(process);
+        Ok(())
+    }
+
+    /// Puts back what is below its stack, once it has its registers.
+    pub fn clear_way(&mut self, process: &Process) {
         if let Some(foothold) = self.foothold.take() {
             // Below the stack pointer: the program does not look there, but nothing is to stay.
             let _ = process.write(RemotePtr(foothold.low), &foothold.saved);
         }
-        Ok(())
     }
 
     /// Puts back what it was found with, in a stop by an interrupt.
