@@ -1,7 +1,7 @@
 //! One lane of a region: lays a batch out, wakes the agent, and reads what it did.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use ckpt_core::batch::{Arg, Batch, Operation, Replies, Slot, Sysno};
 use ckpt_core::{Pid, RemoteFd, TargetError, args};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, setsockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL};
 use crate::region::{FRAME_SIZE, LaneKind, Region};
@@ -38,6 +39,8 @@ pub struct Channel {
     base: u64,
     wait: Wait,
     pid: Pid,
+    /// How often we look for an answer before we sleep until it is there.
+    looks: u32,
 }
 
 /// Longest time that one batch may take. Batches are cut so that a slow disk needs a few seconds for one.
@@ -46,10 +49,22 @@ const BATCH_TIMEOUT: Duration = Duration::from_secs(120);
 /// `struct cmsghdr`.
 const CONTROL_HEAD: usize = 16;
 
+/// Most batches are over before we could fall asleep and be woken.
+const LOOKS: u32 = 50;
+
+/// Has a `recv` on a socket end now and then, to see to the process.
+fn limit(socket: &OwnedFd) {
+    // Where it cannot be set, a process that ended is noticed by the end of its socket alone.
+    let _ = setsockopt(socket, ReceiveTimeout, &TimeVal::milliseconds(50));
+}
+
 impl Channel {
     /// Prepares a lane at `offset` of the region, which the target has at `base`.
     pub fn new(region: Arc<Region>, kind: LaneKind, offset: usize, base: u64, pid: Pid, wait: Wait) -> Channel {
-        let channel = Channel { region, kind, offset, base, wait, pid };
+        if let Wait::Socket { ours, .. } = &wait {
+            limit(ours);
+        }
+        let channel = Channel { region, kind, offset, base, wait, pid, looks: LOOKS };
         let layout = kind.layout();
         let lane = channel.address();
         channel.region.mapping().put(
@@ -86,6 +101,11 @@ impl Channel {
         // A new thread or process takes its lane from the top of its stack.
         channel.region.mapping().put(offset + layout.stack_top - 16, lane);
         channel
+    }
+
+    /// The agent is on our own processor: it runs when we sleep.
+    pub fn take_turns(&mut self) {
+        self.looks = 0;
     }
 
     /// Offset in a region of the first lane.
@@ -196,7 +216,9 @@ impl Channel {
             }
         }
         let [theirs, ours] = self.head().pair.map(RemoteFd);
-        self.wait = Wait::Socket { ours: take(ours)?, theirs };
+        let ours = take(ours)?;
+        limit(&ours);
+        self.wait = Wait::Socket { ours, theirs };
         Ok(())
     }
 
@@ -340,28 +362,22 @@ impl Channel {
     /// Waits until the agent has run what was sent.
     pub fn wait(&mut self, idle: &mut dyn FnMut() -> Result<(), TargetError>) -> Result<(), TargetError> {
         let deadline = Instant::now() + BATCH_TIMEOUT;
-        // Most batches are over before we could fall asleep and be woken.
-        let mut looks = 100;
+        let mut looks = self.looks;
         loop {
             match &self.wait {
                 Wait::Socket { ours, .. } => {
-                    let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
-                    let patience = if looks > 0 { PollTimeout::ZERO } else { PollTimeout::from(50u8) };
-                    match poll(&mut ready, patience) {
-                        Ok(0) if looks > 0 => {
+                    // It has a time-out of its own: see `limit`.
+                    let flags = if looks > 0 { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
+                    match recv(ours.as_raw_fd(), &mut [0], flags) {
+                        Ok(1) => return Ok(()),
+                        Ok(_) => return Err(TargetError::Gone { pid: self.pid }),
+                        Err(Errno::EAGAIN) if looks > 0 => {
                             looks -= 1;
                             std::thread::yield_now();
                             continue;
                         }
-                        Ok(0) | Err(Errno::EINTR) => {}
-                        Ok(_) => {
-                            let mut byte = [0];
-                            return match nix::unistd::read(ours, &mut byte) {
-                                Ok(1) => Ok(()),
-                                _ => Err(TargetError::Gone { pid: self.pid }),
-                            };
-                        }
-                        Err(error) => return Err(self.driver_error("poll", error.into())),
+                        Err(Errno::EAGAIN | Errno::EINTR) => {}
+                        Err(_) => return Err(TargetError::Gone { pid: self.pid }),
                     }
                 }
                 Wait::Futex => {

@@ -19,7 +19,7 @@ const SOFTWARE_BYTES: usize = 464;
 /// `XSTATE_BV` of the header behind the legacy area: which components are not in their initial state.
 const COMPONENTS: usize = 512;
 /// The legacy area and the header.
-const SMALLEST_AREA: usize = 576;
+pub const SMALLEST_AREA: usize = 576;
 const FP_XSTATE_MAGIC1: u32 = 0x4650_5853;
 const FP_XSTATE_MAGIC2: u32 = 0x4650_5845;
 
@@ -28,12 +28,12 @@ pub fn size(xsave: usize) -> usize {
     SIZE.next_multiple_of(64) + 64 + xsave + 4
 }
 
-/// How much of an xsave area a frame carries: as far as the last component that is not in its initial state.
+/// How much of an xsave area there is to keep: as far as the last component that is not in its initial state.
 ///
 /// `rt_sigreturn` drops all but the SSE registers without a word when a frame says more than the thread's own buffer holds
 /// (`check_xstate_in_sigframe`), and that buffer has no room for a component that takes leave to use (AMX) before it is
 /// used. ptrace gives the area of all components.
-fn extent(xsave: &[u8]) -> usize {
+pub fn extent(xsave: &[u8]) -> usize {
     let components = u64::from_ne_bytes(xsave[COMPONENTS..][..8].try_into().unwrap());
     let ends = (2..64).filter(|component| components >> component & 1 == 1).map(|component| {
         // The uncompacted layout is the CPU's own: CPUID leaf 13 gives size and offset of each component.

@@ -1,5 +1,6 @@
 //! What this host allows the backend now, and why not.
 
+use ckpt_agent::frame;
 use ckpt_core::backend::{Availability, Probe};
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
@@ -78,6 +79,13 @@ pub fn check(image: &Image) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     if !may_restore() {
         refusals.push(refusal("tasks", "not permitted to restore".into(), RESTORE_NEEDS));
+    }
+    for thread in image.processes.iter().flat_map(|process| &process.threads) {
+        let size = thread.context.registers.xsave.len();
+        if size < frame::SMALLEST_AREA {
+            let why = format!("thread {} has {size} bytes of vector registers, which no CPU has", thread.tid);
+            refusals.push(refusal("registers", why, "the image is damaged; use another copy of it"));
+        }
     }
     let here = sys::xsave_features();
     let missing = image.host.xsave_features & !here;

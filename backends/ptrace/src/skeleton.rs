@@ -103,6 +103,7 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
         let pid = process.task.pid;
         let wait = Wait::Socket { ours, theirs: RemoteFd(theirs.as_raw_fd()) };
         let mut main = Channel::new(region.clone(), LaneKind::Main, lane, layout.base, pid, wait);
+        main.take_turns();
         let mut channels = Vec::with_capacity(process.threads.len());
         let first_thread = lane + LaneKind::Main.size();
         main.set_threads(layout.base + first_thread as u64, process.threads.len() - 1);
@@ -551,9 +552,13 @@ impl SkeletonTarget {
 
     /// Moves its socket to its number. Adds the calls that close everything else.
     fn settle_descriptors(&mut self, batch: &mut Batch) -> Result<(), RestoreError> {
-        let agent_fd = self.agent_fd;
         let now = self.channels[0].their_socket().expect("the main lane has a socket");
-        if now != agent_fd {
+        if now > self.agent_fd {
+            // As good as the number that it was to have.
+            self.agent_fd = now;
+        }
+        let agent_fd = self.agent_fd;
+        if now < agent_fd {
             // By itself: until it has run, the new number may be that of its parent's socket.
             let mut first = Batch::new();
             first.call(Sysno::dup3, args![now, agent_fd, libc::O_CLOEXEC]);

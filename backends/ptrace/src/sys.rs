@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use ckpt_agent::frame;
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
 
 const NT_PRSTATUS: usize = 1;
@@ -70,17 +71,22 @@ pub fn set_general(tid: Pid, general: &General) -> io::Result<()> {
     ptrace(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, &raw mut vector as usize).map(drop)
 }
 
-/// The uncompacted xsave area.
+/// The uncompacted xsave area, as far as there is anything in it.
 pub fn xsave(tid: Pid) -> io::Result<Vec<u8>> {
     let mut area = vec![0u8; 16 * 1024];
     let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
     ptrace(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, &raw mut vector as usize)?;
     area.truncate(vector.iov_len);
+    area.truncate(frame::extent(&area));
+    area.shrink_to_fit();
     Ok(area)
 }
 
 pub fn set_xsave(tid: Pid, area: &[u8]) -> io::Result<()> {
+    // The kernel wants all of it: the size of what XCR0 has enabled (CPUID leaf 13).
+    let whole = std::arch::x86_64::__cpuid_count(13, 0).ebx as usize;
     let mut area = area.to_vec();
+    area.resize(whole.max(area.len()), 0);
     let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
     ptrace(libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, &raw mut vector as usize).map(drop)
 }
