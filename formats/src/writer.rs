@@ -204,6 +204,10 @@ impl ImageWriter for Writer {
         file.write_all(&content)
             .and_then(|()| file.write_all(&table))
             .map_err(|source| io(&this.partial, MANIFEST, "cannot be written", source))?;
+        // All data first: then one commit of the file system's journal is enough for all files.
+        let files = || [&this.pages, &file].into_iter().chain(this.blobs.iter().map(|(_, blob)| blob));
+        files().for_each(|file| sys::begin_writing(file.as_fd(), 0, 0));
+        files().for_each(|file| sys::write_out(file.as_fd()));
         file.sync_data().map_err(|source| io(&this.partial, MANIFEST, "cannot be synced", source))?;
         this.pages.sync_data().map_err(|source| io(&this.partial, PAGES, "cannot be synced", source))?;
         for (number, (_, blob)) in (0..).zip(&this.blobs) {

@@ -1,5 +1,7 @@
 //! The signal frame that `rt_sigreturn` restores: how a thread gets all its registers back at once, without us.
 
+use std::sync::LazyLock;
+
 use ckpt_core::{General, Registers};
 
 /// Byte offsets in `struct ucontext` of x86-64 (`asm/ucontext.h`, `asm/sigcontext.h`).
@@ -35,12 +37,21 @@ pub fn size(xsave: usize) -> usize {
 /// used. ptrace gives the area of all components.
 pub fn extent(xsave: &[u8]) -> usize {
     let components = u64::from_ne_bytes(xsave[COMPONENTS..][..8].try_into().unwrap());
-    let ends = (2..64).filter(|component| components >> component & 1 == 1).map(|component| {
-        // The uncompacted layout is the CPU's own: CPUID leaf 13 gives size and offset of each component.
-        let leaf = std::arch::x86_64::__cpuid_count(13, component);
-        (leaf.ebx + leaf.eax) as usize
+    // The uncompacted layout is the CPU's own: CPUID leaf 13 gives size and offset of each component. Asked once: to a
+    // virtual machine the instruction is a call of its host.
+    static ENDS: LazyLock<[usize; 64]> = LazyLock::new(|| {
+        let supported = std::arch::x86_64::__cpuid_count(13, 0);
+        let supported = u64::from(supported.edx) << 32 | u64::from(supported.eax);
+        std::array::from_fn(|component| match component {
+            2.. if supported >> component & 1 == 1 => {
+                let leaf = std::arch::x86_64::__cpuid_count(13, component as u32);
+                (leaf.ebx + leaf.eax) as usize
+            }
+            _ => SMALLEST_AREA,
+        })
     });
-    ends.max().unwrap_or(0).max(SMALLEST_AREA).min(xsave.len())
+    let used = (0..64).filter(|component| components >> component & 1 == 1);
+    used.map(|component| ENDS[component]).max().unwrap_or(0).max(SMALLEST_AREA).min(xsave.len())
 }
 
 /// A `struct ucontext` to lie at `address`, with its xsave area behind it. `fs_base` and `gs_base` are not part of a frame.

@@ -1,5 +1,6 @@
 //! The freeze: every thread of every process of the tree in a ptrace stop (`PTRACE_SEIZE`, `PTRACE_INTERRUPT`).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -112,13 +113,35 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError
     validate(root)?;
     let deadline = Instant::now() + options.timeout;
     let mut tree = StoppedTree::default();
+    let mut begun = BTreeSet::new();
+    let result = freeze_all(root, options, deadline, &mut tree, &mut begun);
+    if result.is_err() {
+        detach_all(&begun.into_iter().collect::<Vec<_>>());
+    }
+    result.map(|()| tree)
+}
+
+/// `begun` are main threads that were told to stop and are in no process of the tree yet: children come to their stop while
+/// we look after their brothers.
+fn freeze_all(
+    root: Pid,
+    options: &DumpOptions,
+    deadline: Instant,
+    tree: &mut StoppedTree,
+    begun: &mut BTreeSet<Pid>,
+) -> Result<(), DumpError> {
     let mut next = vec![root];
     // Parents are stopped before their children are looked for, so that no child can appear behind us.
     while let Some(pid) = next.pop() {
         let process = match Process::open(pid) {
             Ok(process) => process,
             // A child that ended, and that its parent or init has waited for already.
-            Err(_) if pid != root => continue,
+            Err(_) if pid != root => {
+                if begun.remove(&pid) {
+                    let _ = sys::wait(pid, false);
+                }
+                continue;
+            }
             Err(error) => return Err(gone(pid, error)),
         };
         let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
@@ -126,12 +149,11 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError
             tree.zombies.push(Zombie { task: task(pid, &stat), status: stat.exit_code });
             continue;
         }
-        refuse_traced(pid, &process.proc)?;
         // In the tree before its threads are stopped, so that a failure lets go of those that are.
         let frozen = FrozenProcess { task: task(pid, &stat), stopped: false };
         tree.processes.push(StoppedProcess { frozen, process, tracees: Vec::new() });
         let stopped = tree.processes.last_mut().expect("just pushed");
-        let outcome = stop_threads(stopped, deadline, options.timeout);
+        let outcome = stop_threads(stopped, begun, deadline, options.timeout);
         let stat = stopped.process.proc.stat_line();
         let ended = match &stat {
             Ok(stat) => stat.state == 'Z' && stat.num_threads <= 1,
@@ -153,9 +175,16 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError
         stopped.frozen.task = task(pid, &stat);
         let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
         children.reverse();
+        for &child in &children {
+            // What is wrong with it is found, and said, when its turn comes.
+            if sys::seize(child).is_ok() {
+                begun.insert(child);
+                let _ = sys::interrupt(child);
+            }
+        }
         next.extend(children);
     }
-    Ok(tree)
+    Ok(())
 }
 
 fn task(pid: Pid, stat: &Stat) -> Task {
@@ -170,13 +199,22 @@ fn task(pid: Pid, stat: &Stat) -> Task {
 }
 
 /// Seizes and stops all threads of a process, until no new one appears.
-fn stop_threads(stopped: &mut StoppedProcess, deadline: Instant, timeout: Duration) -> Result<(), DumpError> {
+fn stop_threads(
+    stopped: &mut StoppedProcess,
+    begun: &mut BTreeSet<Pid>,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<(), DumpError> {
     let pid = stopped.frozen.task.pid;
     loop {
         let tids = stopped.process.proc.numbers("task").map_err(|error| gone(pid, error))?;
         let mut seized = Vec::new();
         for tid in tids.into_iter().map(Pid) {
             if stopped.tracees.iter().any(|tracee| tracee.tid == tid) {
+                continue;
+            }
+            if begun.remove(&tid) {
+                seized.push(tid);
                 continue;
             }
             match sys::seize(tid) {
@@ -187,6 +225,7 @@ fn stop_threads(stopped: &mut StoppedProcess, deadline: Instant, timeout: Durati
                     if is_dead(stopped, tid) {
                         return Err(unsupported_leader(pid));
                     }
+                    refuse_traced(pid, &stopped.process.proc)?;
                     return Err(DumpError::NotPermitted { pid, needs: DUMP_NEEDS.to_string() });
                 }
                 Err(source) => {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ckpt_agent::process::Process;
 use ckpt_agent::protocol::CODE_SIZE;
@@ -22,7 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::entrance::{self, Entrance, Search};
 use crate::freeze::{self, StoppedProcess};
 use crate::sys;
-use crate::tracee::{TraceError, Tracee};
+use crate::tracee::{Injection, TraceError, Tracee};
 
 /// A frozen process with an agent in it.
 pub struct FrozenTarget {
@@ -43,132 +43,193 @@ pub struct FrozenTarget {
 
 /// Freezes the tree under `root`, and gets into each process.
 pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError> {
+    // Until there is a tree of targets, what is stopped is let go of by this.
     let mut stopped = freeze::freeze(root, options)?;
-    let mut search = Search::default();
+    let mut entries = Vec::with_capacity(stopped.processes.len());
+    let entered = enter_all(&mut stopped.processes, &mut entries);
+    if entered.is_err() {
+        for (process, entry) in stopped.processes.iter_mut().zip(&mut entries) {
+            entry.give_up(process);
+        }
+    }
+    entered.map_err(|(pid, error)| freeze::dump_error(pid, error))?;
     let mut tree =
         FrozenTree { processes: Vec::new(), zombies: std::mem::take(&mut stopped.zombies), targets: Vec::new() };
-    // What is not in `targets` yet is let go of by `stopped`, and the rest by `tree`.
-    stopped.processes.reverse();
-    while let Some(process) = stopped.processes.last_mut() {
-        let pid = process.frozen.task.pid;
-        let footing = enter(process, &mut search).map_err(|error| freeze::dump_error(pid, error))?;
-        let StoppedProcess { frozen, process, tracees } = stopped.processes.pop().expect("there is a last one");
+    for (process, entry) in std::mem::take(&mut stopped.processes).into_iter().zip(entries) {
+        let StoppedProcess { frozen, process, tracees } = process;
         tree.processes.push(frozen);
         tree.targets.push(Box::new(FrozenTarget {
             process,
             tids: tracees.iter().map(|tracee| tracee.tid).collect(),
             tracees,
-            entrance: footing.entrance,
-            host: footing.host,
-            channel: footing.channel,
+            entrance: entry.entrance,
+            host: entry.host,
+            channel: entry.channel.expect("every process was entered"),
             lanes: Vec::new(),
             borrowed: Vec::new(),
-            mappings: footing.mappings,
-            region: footing.region,
+            mappings: entry.mappings,
+            region: (entry.base, entry.size as u64),
         }));
     }
     Ok(Box::new(tree))
 }
 
-struct Footing {
+/// How far we are into one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Nothing was called in it.
+    Outside,
+    /// It is on its way into, or out of, the call that maps the region.
+    Calling(Injection),
+    /// It has called.
+    Called,
+    /// The agent runs.
+    Inside,
+}
+
+/// A process that we get into.
+struct Entry {
     entrance: Entrance,
-    host: usize,
-    channel: Channel,
     mappings: Vec<Mapping>,
-    region: (u64, u64),
-}
-
-/// Maps the agent into a process and starts it on one of its threads.
-fn enter(stopped: &mut StoppedProcess, search: &mut Search) -> Result<Footing, TraceError> {
-    let process = &stopped.process;
-    let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
-    let entrance = search.entrance(process, &mappings)?;
-    let others = stopped.tracees.len() - 1;
-    let size = Region::size_for(std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, others)));
-    let base = free_range(&mappings, size as u64);
-    let result = enter_on_some_thread(stopped, &entrance, &mappings, base, size);
-    if result.is_err() {
-        entrance::remove_stub(&stopped.process, &entrance);
-    }
-    let (host, channel) = result?;
-    Ok(Footing { entrance, host, channel, mappings, region: (base, size as u64) })
-}
-
-fn enter_on_some_thread(
-    stopped: &mut StoppedProcess,
-    entrance: &Entrance,
-    mappings: &[Mapping],
+    /// Index of the thread that the agent runs in.
+    host: usize,
     base: u64,
     size: usize,
-) -> Result<(usize, Channel), TraceError> {
-    let mut result = Err(TraceError::NoStack(stopped.frozen.task.pid));
-    for host in 0..stopped.tracees.len() {
-        let tracee = &mut stopped.tracees[host];
-        result = tracee
-            .establish(&stopped.process, entrance, mappings)
-            .and_then(|()| enter_on(&stopped.process, tracee, entrance, base, size));
-        match result {
-            // Another thread may have the room.
-            Err(TraceError::NoStack(_)) => {}
-            _ => return result.map(|channel| (host, channel)),
+    /// The way back that takes the region along.
+    frame: u64,
+    channel: Option<Channel>,
+    step: Step,
+}
+
+/// Maps the agent into each process and starts it on one of its threads: all of them take each step together, as each step
+/// takes a wake-up of the process.
+fn enter_all(processes: &mut [StoppedProcess], entries: &mut Vec<Entry>) -> Result<(), (Pid, TraceError)> {
+    let mut search = Search::default();
+    for process in &mut *processes {
+        let entry = Entry::prepare(process, &mut search).map_err(|error| (process.frozen.task.pid, error))?;
+        entries.push(entry);
+    }
+    for step in [Entry::call, Entry::to_end, Entry::start_agent, Entry::connect] {
+        for (process, entry) in processes.iter_mut().zip(&mut *entries) {
+            step(entry, process).map_err(|error| (process.frozen.task.pid, error))?;
         }
     }
-    result.map(|channel| (0, channel))
+    Ok(())
 }
 
-fn enter_on(
-    process: &Process,
-    tracee: &mut Tracee,
-    entrance: &Entrance,
-    base: u64,
-    size: usize,
-) -> Result<Channel, TraceError> {
-    // One call, whose result is known before: at each instant the way back undoes it, should we be lost.
-    let unmap = (libc::SYS_munmap, [base, size as u64]);
-    let frame = tracee.undo_with(process, entrance, &[unmap])?;
-    let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-    let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
-    let mapped = tracee.inject(entrance, libc::SYS_mmap, [base, size as u64, protection, flags, u64::MAX, 0])?;
-    ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::Io(errno.into()))?;
-    let entered = (|| {
+impl Entry {
+    /// Finds out how to get in, and lays out the way back.
+    fn prepare(stopped: &mut StoppedProcess, search: &mut Search) -> Result<Entry, TraceError> {
+        let process = &stopped.process;
+        let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
+        let entrance = search.entrance(process, &mappings)?;
+        let others = stopped.tracees.len() - 1;
+        let lanes = std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, others));
+        let size = Region::size_for(lanes);
+        let base = free_range(&mappings, size as u64);
+        let mut found = Err(TraceError::NoStack(stopped.frozen.task.pid));
+        for (index, tracee) in stopped.tracees.iter_mut().enumerate() {
+            match tracee.establish(process, &entrance, &mappings) {
+                // Another thread may have the room.
+                Err(TraceError::NoStack(_)) => {}
+                Err(error) => {
+                    found = Err(error);
+                    break;
+                }
+                Ok(()) => {
+                    // One call, whose result is known before: the way back undoes it at each instant.
+                    let unmap = (libc::SYS_munmap, [base, size as u64]);
+                    found = tracee.undo_with(process, &entrance, &[unmap]).map(|frame| (index, frame));
+                    break;
+                }
+            }
+        }
+        if found.is_err() {
+            entrance::remove_stub(process, &entrance);
+        }
+        let (host, frame) = found?;
+        Ok(Entry { entrance, mappings, host, base, size, frame, channel: None, step: Step::Outside })
+    }
+
+    fn call(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
+        let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+        let args = [self.base, self.size as u64, protection, flags, u64::MAX, 0];
+        let begun = stopped.tracees[self.host].begin_call(&self.entrance, libc::SYS_mmap, args)?;
+        self.step = Step::Calling(begun);
+        Ok(())
+    }
+
+    fn to_end(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
+        if let Step::Calling(begun) = self.step {
+            self.step = Step::Calling(stopped.tracees[self.host].continue_call(begun)?);
+        }
+        Ok(())
+    }
+
+    fn start_agent(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
+        let StoppedProcess { process, tracees, .. } = stopped;
+        let tracee = &mut tracees[self.host];
+        let Step::Calling(begun) = self.step else { return Ok(()) };
+        let mapped = tracee.end_call(begun)?;
+        self.step = Step::Called;
+        ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::Io(errno.into()))?;
+        let (base, size) = (self.base, self.size);
         let name = format!("map_files/{base:x}-{:x}", base + size as u64);
         let memory = process.proc.open_with(name, OFlag::O_RDWR)?;
         let region = Arc::new(Region::adopt(memory.into(), size)?);
         let pid = process.proc.pid();
         let mut channel = Channel::new(region, LaneKind::Main, Channel::FIRST, base, pid, Wait::Booting);
-        channel.set_healing(frame, tracee.plain_frame());
-        if process.proc.link("ns/pid").ok() == ProcDir::open(Pid(std::process::id() as i32))?.link("ns/pid").ok() {
+        channel.set_healing(self.frame, tracee.plain_frame());
+        if process.proc.link("ns/pid").ok() == own_pid_namespace() {
             channel.set_driver(std::process::id() as i32);
         }
         // The code stays as it is; what the agent writes to becomes writable when it comes there.
         tracee.enter_agent(&channel, Some(base + CODE_SIZE as u64..base + size as u64))?;
-        match channel.connect(&mut || keep_running(tracee, pid), |fd| process.fd(fd)) {
-            Ok(()) => Ok(channel),
-            Err(error) => {
-                tracee.leave_agent()?;
-                for fd in channel.boot_descriptors() {
-                    tracee.inject(entrance, libc::SYS_close, [fd.0 as u64, 0, 0, 0, 0, 0])?;
+        self.channel = Some(channel);
+        self.step = Step::Inside;
+        Ok(())
+    }
+
+    fn connect(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
+        let StoppedProcess { process, tracees, .. } = stopped;
+        let (tracee, pid) = (&tracees[self.host], process.proc.pid());
+        let channel = self.channel.as_mut().expect("the agent was started");
+        Ok(channel.connect(&mut || keep_running(tracee, pid), |fd| process.fd(fd))?)
+    }
+
+    /// Takes back what was done, after an error here or in another process: in a stop where nothing is left of us but what
+    /// the tracee itself puts back.
+    fn give_up(&mut self, stopped: &mut StoppedProcess) {
+        let tracee = &mut stopped.tracees[self.host];
+        let mut take_back = || -> Result<(), TraceError> {
+            match self.step {
+                Step::Outside => return Ok(()),
+                Step::Calling(begun) => _ = tracee.end_call(begun)?,
+                Step::Called => {}
+                Step::Inside => {
+                    tracee.leave_agent()?;
+                    let channel = self.channel.as_ref().expect("the agent was started");
+                    let fds = channel.their_socket().map_or_else(|| channel.boot_descriptors(), |fd| vec![fd]);
+                    for fd in fds {
+                        tracee.inject(&self.entrance, libc::SYS_close, [fd.0 as u64, 0, 0, 0, 0, 0])?;
+                    }
                 }
-                Err(error.into())
             }
-        }
-    })();
-    entered.or_else(|error| give_up(tracee, entrance, unmap, error))
+            tracee.undo_nothing();
+            tracee.inject(&self.entrance, libc::SYS_munmap, [self.base, self.size as u64, 0, 0, 0, 0])?;
+            Ok(())
+        };
+        // A process that has ended has nothing to take back.
+        let _ = take_back();
+        entrance::remove_stub(&stopped.process, &self.entrance);
+    }
 }
 
-/// Takes the region away again, after an error.
-fn give_up<T>(
-    tracee: &mut Tracee,
-    entrance: &Entrance,
-    (number, args): (libc::c_long, [u64; 2]),
-    error: TraceError,
-) -> Result<T, TraceError> {
-    if tracee.is_agent() {
-        tracee.leave_agent()?;
-    }
-    tracee.undo_nothing();
-    let _ = tracee.inject(entrance, number, [args[0], args[1], 0, 0, 0, 0]);
-    Err(error)
+fn own_pid_namespace() -> Option<std::ffi::OsString> {
+    static OURS: LazyLock<Option<std::ffi::OsString>> =
+        LazyLock::new(|| std::fs::read_link("/proc/self/ns/pid").ok().map(Into::into));
+    OURS.clone()
 }
 
 /// A range that no mapping has, with a good distance to its neighbours.

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::LazyLock;
 
 use ckpt_agent::frame;
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
@@ -84,7 +85,8 @@ pub fn xsave(tid: Pid) -> io::Result<Vec<u8>> {
 
 pub fn set_xsave(tid: Pid, area: &[u8]) -> io::Result<()> {
     // The kernel wants all of it: the size of what XCR0 has enabled (CPUID leaf 13).
-    let whole = std::arch::x86_64::__cpuid_count(13, 0).ebx as usize;
+    static WHOLE: LazyLock<usize> = LazyLock::new(|| std::arch::x86_64::__cpuid_count(13, 0).ebx as usize);
+    let whole = *WHOLE;
     let mut area = area.to_vec();
     area.resize(whole.max(area.len()), 0);
     let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };

@@ -57,6 +57,15 @@ const UNDO_SLOT: u64 = 384;
 /// Calls that the way back may begin with.
 const MOST_UNDOS: u64 = 3;
 
+/// A call that a tracee makes in our name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injection {
+    /// It is on its way to the stop before the call.
+    Entering,
+    /// It is on its way to the stop after it.
+    Leaving,
+}
+
 /// `-ENOSYS` and the like as the kernel returns them.
 type RawResult = i64;
 
@@ -242,6 +251,17 @@ impl Tracee {
         number: libc::c_long,
         args: [u64; 6],
     ) -> Result<RawResult, TraceError> {
+        let begun = self.begin_call(entrance, number, args)?;
+        self.end_call(begun)
+    }
+
+    /// The first third of [`inject`](Tracee::inject): sends it to the call.
+    pub fn begin_call(
+        &mut self,
+        entrance: &Entrance,
+        number: libc::c_long,
+        args: [u64; 6],
+    ) -> Result<Injection, TraceError> {
         let foothold = self.foothold.as_ref().expect("the way back was established");
         let general = General {
             rip: entrance.syscall_ret,
@@ -263,13 +283,27 @@ impl Tracee {
             self.position = Position::Injected;
             sys::set_blocked(self.tid, u64::MAX)?;
         }
-        self.to_call()?;
-        self.to_call()?;
+        sys::resume_to_call(self.tid)?;
+        Ok(Injection::Entering)
+    }
+
+    /// The second: from its beginning into the call.
+    pub fn continue_call(&self, begun: Injection) -> Result<Injection, TraceError> {
+        if begun == Injection::Entering {
+            self.wait_for_call()?;
+            sys::resume_to_call(self.tid)?;
+        }
+        Ok(Injection::Leaving)
+    }
+
+    /// The last: to its end, and its result.
+    pub fn end_call(&self, begun: Injection) -> Result<RawResult, TraceError> {
+        self.continue_call(begun)?;
+        self.wait_for_call()?;
         Ok(sys::general(self.tid)?.rax as i64)
     }
 
-    fn to_call(&self) -> Result<(), TraceError> {
-        sys::resume_to_call(self.tid)?;
+    fn wait_for_call(&self) -> Result<(), TraceError> {
         loop {
             // Calls that are injected do not wait for anything.
             match sys::wait_soon(self.tid)? {
