@@ -17,7 +17,7 @@ pub enum Phase {
 }
 
 /// Is told how far a pipeline is. Called between the steps of a freeze: an implementation must be quick.
-pub trait Progress {
+pub trait Progress: Send {
     fn phase(&mut self, phase: Phase);
 
     /// Bytes of pages moved so far in this phase, and of how many, where that is known.

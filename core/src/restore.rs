@@ -71,7 +71,7 @@ pub fn prepare(
     Ok(Prepared { skeleton, root: image.processes[0].task.pid })
 }
 
-fn interruption() -> Result<(), RestoreError> {
+pub(crate) fn interruption() -> Result<(), RestoreError> {
     if INTERRUPTED.load(Ordering::Relaxed) { Err(RestoreError::Interrupted) } else { Ok(()) }
 }
 
@@ -93,10 +93,7 @@ fn rebuild(
     locks::rebuild(targets, image)?;
     let mut filler = restorer.filler();
     let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
-    for (index, (target, process)) in targets.iter_mut().zip(&image.processes).enumerate() {
-        interruption()?;
-        filler.fill(index, &mut **target, &process.memory, reader, &mut meter)?;
-    }
+    filler.fill_all(targets, &image.processes, reader, &mut meter)?;
     // Only now that the slow part is done: timers run from here on.
     crew::each(targets, &image.processes, |index, target, process| {
         interruption()?;

@@ -12,10 +12,12 @@ use crate::args;
 use crate::batch::{Arg, Batch, Sysno};
 use crate::crew;
 use crate::error::RestoreError;
+use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::checksums;
-use crate::resource::memory::pages::{BATCH_PAGES, Load, loads, sums};
+use crate::resource::memory::pages::{Load, loads, sums};
 use crate::resource::memory::{Memory, NAME, Pages, Source};
+use crate::restore::interruption;
 use crate::store::{ImageReader, PageExtent};
 use crate::target::{MemoryWriter, PAGE_SIZE, RemotePtr, Target, TargetError};
 
@@ -30,6 +32,21 @@ pub trait Filler {
         reader: &dyn ImageReader,
         meter: &mut Meter<'_>,
     ) -> Result<(), RestoreError>;
+
+    /// Fills all processes of a tree, one after the other.
+    fn fill_all(
+        &mut self,
+        targets: &mut [Box<dyn Target>],
+        processes: &[Process],
+        reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), RestoreError> {
+        for (index, (target, process)) in targets.iter_mut().zip(processes).enumerate() {
+            interruption()?;
+            self.fill(index, &mut **target, &process.memory, reader, meter)?;
+        }
+        Ok(())
+    }
 }
 
 /// Reads every page before the release, and checks it.
@@ -55,49 +72,73 @@ impl Filler for Eager {
         reader: &dyn ImageReader,
         meter: &mut Meter<'_>,
     ) -> Result<(), RestoreError> {
-        let pid = target.pid();
-        let mut saved: Vec<Pages> = memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()).collect();
-        saved.sort_unstable_by_key(|pages| pages.extent.first);
-        let pages: u64 = saved.iter().map(|pages| pages.extent.pages).sum();
-        let loads = loads(saved.into_iter(), LOAD_PAGES);
-        let Some(first) = loads.first() else { return Ok(()) };
-        announce(reader, first);
-        prefer_huge_pages(target, memory).map_err(|source| RestoreError::Target { resource: NAME, pid, source })?;
-        let queue = Mutex::new(VecDeque::from(loads));
-        let helper = if pages >= LARGE { target.writer() } else { None };
-        let Some(helper) = helper else { return fill_by_target(target, &queue, reader, meter, &|| 0) };
-        let copied = AtomicU64::new(0);
-        std::thread::scope(|scope| {
-            let helping = scope.spawn(|| {
-                crew::leave_pin();
-                let result = fill_by_us(&*helper, &queue, reader, &copied);
-                if result.is_err() {
-                    queue.lock().expect("no panic").clear();
-                }
-                result
-            });
-            let result = fill_by_target(target, &queue, reader, meter, &|| copied.swap(0, Ordering::Relaxed));
-            if result.is_err() {
-                queue.lock().expect("no panic").clear();
-            }
-            let helped = helping.join().expect("no panic");
-            meter.add(copied.swap(0, Ordering::Relaxed));
-            result?;
-            helped.map_err(|failure| match failure {
-                Failure::Restore(error) => error,
-                Failure::Target(source) => RestoreError::Target { resource: NAME, pid, source },
-            })
+        fill(target, memory, reader, &mut |bytes| meter.add(bytes))
+    }
+
+    /// Several at the same time.
+    fn fill_all(
+        &mut self,
+        targets: &mut [Box<dyn Target>],
+        processes: &[Process],
+        reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), RestoreError> {
+        let meter = Mutex::new(meter);
+        crew::each(targets, processes, |_, target, process| {
+            interruption()?;
+            fill(target, &process.memory, reader, &mut |bytes| meter.lock().expect("no panic").add(bytes))
         })
     }
 }
 
-/// Has the target read loads from the front of the queue until there are no more. `copied` tells what others have done.
+fn fill(
+    target: &mut dyn Target,
+    memory: &Memory,
+    reader: &dyn ImageReader,
+    done: &mut dyn FnMut(u64),
+) -> Result<(), RestoreError> {
+    let pid = target.pid();
+    let mut saved: Vec<Pages> = memory.mappings.iter().flat_map(|mapping| mapping.pages.iter().copied()).collect();
+    saved.sort_unstable_by_key(|pages| pages.extent.first);
+    let pages: u64 = saved.iter().map(|pages| pages.extent.pages).sum();
+    let loads = loads(saved.into_iter(), LOAD_PAGES);
+    let Some(first) = loads.first() else { return Ok(()) };
+    announce(reader, first);
+    prefer_huge_pages(target, memory).map_err(|source| RestoreError::Target { resource: NAME, pid, source })?;
+    let queue = Mutex::new(VecDeque::from(loads));
+    let helper = if pages >= LARGE { target.writer() } else { None };
+    let Some(helper) = helper else { return fill_by_target(target, &queue, reader, &mut |bytes| done(bytes)) };
+    let copied = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let helping = scope.spawn(|| {
+            crew::leave_pin();
+            let result = fill_by_us(&*helper, &queue, reader, &copied);
+            if result.is_err() {
+                queue.lock().expect("no panic").clear();
+            }
+            result
+        });
+        let result =
+            fill_by_target(target, &queue, reader, &mut |bytes| done(bytes + copied.swap(0, Ordering::Relaxed)));
+        if result.is_err() {
+            queue.lock().expect("no panic").clear();
+        }
+        let helped = helping.join().expect("no panic");
+        done(copied.swap(0, Ordering::Relaxed));
+        result?;
+        helped.map_err(|failure| match failure {
+            Failure::Restore(error) => error,
+            Failure::Target(source) => RestoreError::Target { resource: NAME, pid, source },
+        })
+    })
+}
+
+/// Has the target read loads from the front of the queue until there are no more.
 fn fill_by_target(
     target: &mut dyn Target,
     queue: &Queue,
     reader: &dyn ImageReader,
-    meter: &mut Meter<'_>,
-    copied: &dyn Fn() -> u64,
+    done: &mut dyn FnMut(u64),
 ) -> Result<(), RestoreError> {
     let pid = target.pid();
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
@@ -139,7 +180,7 @@ fn fill_by_target(
             if replies.value(read) != load.bytes() {
                 return Err(reader.damaged_page(load.first).into());
             }
-            meter.add(load.bytes() + copied());
+            done(load.bytes());
         }
     }
 }
@@ -234,5 +275,3 @@ fn prefer_huge_pages(target: &mut dyn Target, memory: &Memory) -> Result<(), Tar
     }
     Ok(())
 }
-
-const _: () = assert!(LOAD_PAGES <= BATCH_PAGES);

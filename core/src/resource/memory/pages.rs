@@ -16,8 +16,8 @@ use crate::resource::memory::{Memory, NAME, Pages, Source};
 use crate::store::{ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, PageRun, RemotePtr, Rseq, Target, TargetError};
 
-/// Pages that one batch moves at most: its checksums have to fit, and a slow disk is not to outlast the time-out.
-pub(super) const BATCH_PAGES: u64 = 8192;
+/// Pages that one batch writes: the medium begins with them when they are there, while the next are copied.
+const WRITE_PAGES: u64 = 1024;
 /// Runs in one batch at most.
 const BATCH_RUNS: usize = 400;
 
@@ -104,7 +104,7 @@ fn write_all(
     for (target, process) in targets.iter_mut().zip(&mut *processes) {
         let pages = find_pages(&mut **target, process)?;
         let by_target = place(&mut process.memory, &pages.by_target, store)?;
-        writings.push(Writing { loads: loads(by_target.into_iter(), BATCH_PAGES).into(), running: None });
+        writings.push(Writing { loads: loads(by_target.into_iter(), WRITE_PAGES).into(), running: None });
         writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
         by_us.push(pages.by_us);
     }
@@ -375,16 +375,16 @@ mod tests {
     #[test]
     fn loads_hold_what_fits_and_what_is_in_sequence() {
         let runs = [pages(0x1000, 0, 2), pages(0x9000, 2, 3), pages(0x20000, 9, 1)];
-        let loads = loads(runs.into_iter(), BATCH_PAGES);
+        let loads = loads(runs.into_iter(), 8192);
         assert_eq!(loads.len(), 2, "a gap in the page file begins a new load");
         assert_eq!((loads[0].pages, loads[0].runs.len(), loads[1].first), (5, 2, 9));
     }
 
     #[test]
     fn a_large_run_is_cut() {
-        let loads = loads([pages(0, 0, 3 * BATCH_PAGES + 1)].into_iter(), BATCH_PAGES);
+        let loads = loads([pages(0, 0, 3 * 8192 + 1)].into_iter(), 8192);
         assert_eq!(loads.iter().map(|load| load.pages).collect::<Vec<_>>(), [8192, 8192, 8192, 1]);
-        assert_eq!(loads[3].runs[0].start, 3 * BATCH_PAGES * PAGE_SIZE);
+        assert_eq!(loads[3].runs[0].start, 3 * 8192 * PAGE_SIZE);
         assert_eq!(saved_runs(&loads[1])[0], (0, pages(8192 * PAGE_SIZE, 8192, 8192)));
     }
 }
