@@ -102,6 +102,7 @@ fn collect(
     tasks::examine(targets, &tasks, &zombies, options, &mut refusals)?;
     let answers = targets.iter_mut().zip(questions).map(|(target, questions)| questions.finish(&mut **target));
     let answers: Vec<_> = answers.collect::<Result<_, _>>()?;
+    let mut looks = memory::Looks::at(targets)?;
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
         descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
@@ -133,7 +134,7 @@ fn collect(
             attributes: context.collect::<attributes::Attributes>()?,
             threads: collect_threads(&mut context)?,
             signals: context.collect::<signals::ProcessSignals>()?,
-            memory: memory::collect(&mut context.section(memory::NAME), &mut objects)?,
+            memory: memory::collect(&mut context.section(memory::NAME), &mut looks, &mut objects)?,
         });
     }
     if !refusals.is_empty() {

@@ -117,7 +117,7 @@ impl ProcDir {
 }
 
 /// The content of a file of `/proc`, whose size and place in it need not be asked first.
-fn read_whole(mut file: File) -> io::Result<Vec<u8>> {
+pub fn read_whole(mut file: File) -> io::Result<Vec<u8>> {
     let mut content = vec![0; 4096];
     let mut length = 0;
     loop {

@@ -80,6 +80,8 @@ const SMALL: u64 = 32 << 20;
 
 /// In pages.
 const LARGE_PIECE: u64 = 256;
+/// A manifest that is worth a thread to verify it, in bytes.
+const LARGE_MANIFEST: usize = 128 << 10;
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes; 0 where it is not told.
 fn available_memory() -> u64 {
@@ -192,26 +194,23 @@ impl ImageWriter for Writer {
         {
             return Err(self.faulty("some pages have no checksum".into()));
         }
+        if self.cache == Cache::Used {
+            // What is not on its way yet, while we are busy with the rest.
+            sys::begin_writing(self.pages.as_fd(), 0, 0);
+        }
         let table: Vec<u8> = self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
         let manifest = self.manifest(image, crc32c::crc32c(&table))?;
         let this = *self;
-        ftruncate(&this.pages, (this.reserved * PAGE) as i64)
-            .map_err(|errno| io(&this.partial, PAGES, "cannot be given its size", errno.into()))?;
-        let mut file = create_file(&this.partial, MANIFEST)?;
-        let mut content = Header::of(VERSION, &manifest).encode().to_vec();
-        content.extend_from_slice(&manifest);
-        drop(manifest);
-        file.write_all(&content)
-            .and_then(|()| file.write_all(&table))
-            .map_err(|source| io(&this.partial, MANIFEST, "cannot be written", source))?;
-        // All data first: then one commit of the file system's journal is enough for all files.
-        let files = || [&this.pages, &file].into_iter().chain(this.blobs.iter().map(|(_, blob)| blob));
-        files().for_each(|file| sys::begin_writing(file.as_fd(), 0, 0));
-        files().for_each(|file| sys::write_out(file.as_fd()));
-        file.sync_data().map_err(|source| io(&this.partial, MANIFEST, "cannot be synced", source))?;
-        this.pages.sync_data().map_err(|source| io(&this.partial, PAGES, "cannot be synced", source))?;
-        for (number, (_, blob)) in (0..).zip(&this.blobs) {
-            blob.sync_data().map_err(|source| io(&this.partial, &blob_name(number), "cannot be synced", source))?;
+        if manifest.len() < LARGE_MANIFEST {
+            this.verify(&manifest, image)?;
+            this.write_manifest(&manifest, &table)?;
+        } else {
+            // Decoding takes as long as the medium does.
+            std::thread::scope(|scope| {
+                let verified = scope.spawn(|| this.verify(&manifest, image));
+                let written = this.write_manifest(&manifest, &table);
+                verified.join().expect("no panic").and(written)
+            })?;
         }
         this.partial.publish()
     }
@@ -270,7 +269,38 @@ impl Writer {
         self.covered.splice(from..to, [PageExtent { first, pages: end - first }]);
     }
 
-    /// Encodes the manifest, having made sure that a reader will accept it.
+    /// Writes the manifest, and brings all files to the medium.
+    fn write_manifest(&self, manifest: &[u8], table: &[u8]) -> Result<(), StoreError> {
+        ftruncate(&self.pages, (self.reserved * PAGE) as i64)
+            .map_err(|errno| io(&self.partial, PAGES, "cannot be given its size", errno.into()))?;
+        let mut file = create_file(&self.partial, MANIFEST)?;
+        file.write_all(&Header::of(VERSION, manifest).encode())
+            .and_then(|()| file.write_all(manifest))
+            .and_then(|()| file.write_all(table))
+            .map_err(|source| io(&self.partial, MANIFEST, "cannot be written", source))?;
+        // All data first: then one commit of the file system's journal is enough for all files.
+        let files = || [&self.pages, &file].into_iter().chain(self.blobs.iter().map(|(_, blob)| blob));
+        files().for_each(|file| sys::begin_writing(file.as_fd(), 0, 0));
+        files().for_each(|file| sys::write_out(file.as_fd()));
+        file.sync_data().map_err(|source| io(&self.partial, MANIFEST, "cannot be synced", source))?;
+        self.pages.sync_data().map_err(|source| io(&self.partial, PAGES, "cannot be synced", source))?;
+        for (number, (_, blob)) in (0..).zip(&self.blobs) {
+            blob.sync_data().map_err(|source| io(&self.partial, &blob_name(number), "cannot be synced", source))?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a reader will accept the manifest, and find the image in it.
+    fn verify(&self, manifest: &[u8], image: &Image) -> Result<(), StoreError> {
+        match decode::manifest(manifest, self.reserved) {
+            Ok(manifest) if manifest.image == *image => Ok(()),
+            Ok(_) => Err(self.faulty("it would not be read as it was".into())),
+            Err(DecodeError::Damaged(why)) => Err(self.faulty(why)),
+            Err(error) => Err(self.faulty(format!("{error:?}"))),
+        }
+    }
+
+    /// Encodes the manifest.
     fn manifest(&self, image: &Image, page_checksums: u32) -> Result<Vec<u8>, StoreError> {
         let wire = ManifestV1 {
             pages: self.reserved,
@@ -284,12 +314,6 @@ impl Writer {
         if bytes.len() as u64 > most {
             return Err(self.faulty(format!("its manifest would have {} bytes, {most} is the most", bytes.len())));
         }
-        drop(wire);
-        match decode::manifest(&bytes, self.reserved) {
-            Ok(manifest) if manifest.image == *image => Ok(bytes),
-            Ok(_) => Err(self.faulty("it would not be read as it was".into())),
-            Err(DecodeError::Damaged(why)) => Err(self.faulty(why)),
-            Err(error) => Err(self.faulty(format!("{error:?}"))),
-        }
+        Ok(bytes)
     }
 }

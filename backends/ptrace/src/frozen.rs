@@ -286,8 +286,8 @@ impl FrozenTarget {
             let tracee = &mut self.tracees[*thread];
             if tracee.is_agent() {
                 tracee.leave_agent()?;
+                tracee.leave_lane(&self.entrance, lane)?;
                 tracee.put_back_registers()?;
-                lane.set_left();
             }
         }
         let tracee = &mut self.tracees[self.host];

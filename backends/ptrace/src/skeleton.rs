@@ -36,7 +36,7 @@ pub struct SkeletonTarget {
     pub(crate) task: Task,
     tids: Vec<Pid>,
     /// Opened once the process is there.
-    process: Option<Process>,
+    pub(crate) process: Option<Process>,
     /// The main thread's lane, then those of the others.
     pub(crate) channels: Vec<Channel>,
     pub(crate) contexts: Vec<Option<Context>>,

@@ -262,6 +262,18 @@ impl Tracee {
         number: libc::c_long,
         args: [u64; 6],
     ) -> Result<Injection, TraceError> {
+        self.aim(entrance, number, args)?;
+        if self.position == Position::Frozen {
+            // Only now: a thread that is let go before this line has its own mask, after it the frame brings it back.
+            self.position = Position::Injected;
+            sys::set_blocked(self.tid, u64::MAX)?;
+        }
+        sys::resume_to_call(self.tid)?;
+        Ok(Injection::Entering)
+    }
+
+    /// Puts it before a call, which it makes when it is let go: then it goes the way back.
+    pub fn aim(&self, entrance: &Entrance, number: libc::c_long, args: [u64; 6]) -> Result<(), TraceError> {
         let foothold = self.foothold.as_ref().expect("the way back was established");
         let general = General {
             rip: entrance.syscall_ret,
@@ -277,14 +289,16 @@ impl Tracee {
             eflags: 0x202,
             ..self.original
         };
-        sys::set_general(self.tid, &general)?;
-        if self.position == Position::Frozen {
-            // Only now: a thread that is let go before this line has its own mask, after it the frame brings it back.
-            self.position = Position::Injected;
-            sys::set_blocked(self.tid, u64::MAX)?;
-        }
-        sys::resume_to_call(self.tid)?;
-        Ok(Injection::Entering)
+        Ok(sys::set_general(self.tid, &general)?)
+    }
+
+    /// A thread that was stopped in a lane is out of it from now on: at each instant it either says so itself when it is let
+    /// go, or has been said to be.
+    pub fn leave_lane(&mut self, entrance: &Entrance, lane: &mut Channel) -> Result<(), TraceError> {
+        self.undo_nothing();
+        self.aim(entrance, libc::SYS_time, [lane.left_address(), 0, 0, 0, 0, 0])?;
+        lane.set_left();
+        Ok(())
     }
 
     /// The second: from its beginning into the call.
@@ -313,6 +327,11 @@ impl Tracee {
                 _ => sys::resume_to_call(self.tid)?,
             }
         }
+    }
+
+    /// Whether its way back is there.
+    pub fn has_way(&self) -> bool {
+        self.foothold.is_some()
     }
 
     /// The frame that leads back and does nothing else.
@@ -387,14 +406,24 @@ impl Tracee {
             }
             return Ok(());
         }
+        self.begin_put_back()?;
+        self.end_put_back(process)
+    }
+
+    /// The first half of [`put_back`](Tracee::put_back), where a call was injected or the agent runs: sends it into a stop.
+    pub fn begin_put_back(&mut self) -> Result<(), TraceError> {
         // The kernel looks at restarts only on its way out of a signal stop.
-        if self.position == Position::Agent {
-            self.leave_agent()?;
-        } else {
-            sys::interrupt(self.tid)?;
+        sys::interrupt(self.tid)?;
+        if self.position != Position::Agent {
             sys::resume(self.tid, 0)?;
-            self.wait_interrupted()?;
         }
+        Ok(())
+    }
+
+    /// The second half.
+    pub fn end_put_back(&mut self, process: &Process) -> Result<(), TraceError> {
+        self.wait_interrupted()?;
+        self.position = Position::Injected;
         self.put_back_registers()?;
         self.clear_way(process);
         Ok(())

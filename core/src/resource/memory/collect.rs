@@ -1,8 +1,11 @@
 //! What is mapped: `/proc/PID/smaps`, `/proc/PID/map_files`, `/proc/PID/auxv`, and the layout in `/proc/PID/stat`.
 
 use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver};
 
 use crate::error::DumpError;
 use crate::procfs;
@@ -10,6 +13,7 @@ use crate::resource::Collect;
 use crate::resource::files::{Identity, Located, locate};
 use crate::resource::memory::objects::Known;
 use crate::resource::memory::{Layout, LockFuture, Mapping, Memory, Objects, Source};
+use crate::target::Target;
 
 /// `VmFlags` that are brought back, in the order of their `madvise`.
 pub(super) const KEPT_FLAGS: &[&str] = &["dc", "dd", "gd", "hg", "lf", "lo", "mg", "nh", "nr", "rr", "sl", "sr", "wf"];
@@ -25,13 +29,59 @@ const REFUSED_FLAGS: &[(&str, &str, &str)] = &[
     ("ss", "shadow stacks are not supported", "start the program without GLIBC_TUNABLES=glibc.cpu.x86_shstk"),
 ];
 
-/// Collects the mappings of a process, without their pages.
-pub fn collect(context: &mut Collect<'_>, objects: &mut Objects) -> Result<Memory, DumpError> {
-    let proc = context.target.proc();
-    let smaps = proc.read("smaps").map_err(|error| context.io_error("smaps", error))?;
-    let auxv = proc.read("auxv").map_err(|error| context.io_error("auxv", error))?;
-    let all = procfs::Mapping::parse_all(&smaps)
-        .ok_or_else(|| context.io_error("smaps", std::io::ErrorKind::InvalidData.into()))?;
+/// What `/proc` shows of the memory of the processes of a tree, one after the other.
+pub struct Looks {
+    files: std::vec::IntoIter<Files>,
+    /// Of a large tree, a thread reads them ahead.
+    ahead: Option<Receiver<io::Result<Look>>>,
+}
+
+/// `smaps` and `auxv` of a process.
+type Files = (File, File);
+
+struct Look {
+    mappings: Vec<procfs::Mapping>,
+    auxv: Vec<u8>,
+}
+
+impl Looks {
+    /// From so many processes on it is worth a thread.
+    const MANY: usize = 8;
+
+    pub fn at(targets: &[Box<dyn Target>]) -> Result<Looks, DumpError> {
+        let open = |target: &Box<dyn Target>| {
+            let proc = target.proc();
+            let files = proc.file("smaps").and_then(|smaps| Ok((smaps, proc.file("auxv")?)));
+            files.map_err(|source| DumpError::Io { what: format!("smaps of process {}", target.pid()), source })
+        };
+        let files = targets.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        if files.len() < Looks::MANY {
+            return Ok(Looks { files: files.into_iter(), ahead: None });
+        }
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Nobody listens any more once the dump has failed.
+            files.into_iter().try_for_each(|files| sender.send(look(files)))
+        });
+        Ok(Looks { files: Vec::new().into_iter(), ahead: Some(receiver) })
+    }
+
+    fn next(&mut self) -> io::Result<Look> {
+        match &self.ahead {
+            Some(ahead) => ahead.recv().map_err(io::Error::other)?,
+            None => look(self.files.next().expect("one for each process")),
+        }
+    }
+}
+
+fn look((smaps, auxv): Files) -> io::Result<Look> {
+    let mappings = procfs::Mapping::parse_all(&procfs::read_whole(smaps)?);
+    Ok(Look { mappings: mappings.ok_or(io::ErrorKind::InvalidData)?, auxv: procfs::read_whole(auxv)? })
+}
+
+/// Collects the mappings of a process, without their pages. `looks` are at this process.
+pub fn collect(context: &mut Collect<'_>, looks: &mut Looks, objects: &mut Objects) -> Result<Memory, DumpError> {
+    let Look { mappings: all, auxv } = looks.next().map_err(|error| context.io_error("smaps", error))?;
 
     let stat = &context.answers[0].stat;
     let brk = context.asked.replies.value(context.asked.brk);

@@ -12,7 +12,7 @@ mod objects;
 mod pages;
 mod rebuild;
 
-pub use collect::collect;
+pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::write_pages;
