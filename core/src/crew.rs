@@ -54,7 +54,7 @@ pub fn each<T: Sync>(
                 Ok(())
             }));
         }
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })
 }
 

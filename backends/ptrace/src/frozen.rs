@@ -109,7 +109,7 @@ fn enter_all(processes: &mut [StoppedProcess], entries: &mut Vec<Entry>) -> Resu
         let entry = Entry::prepare(process, &mut search).map_err(|error| (process.frozen.task.pid, error))?;
         entries.push(entry);
     }
-    for step in [Entry::call, Entry::to_end, Entry::start_agent, Entry::connect] {
+    for step in [Entry::call, Entry::continue_call, Entry::start_agent, Entry::connect] {
         for (process, entry) in processes.iter_mut().zip(&mut *entries) {
             step(entry, process).map_err(|error| (process.frozen.task.pid, error))?;
         }
@@ -160,7 +160,7 @@ impl Entry {
         Ok(())
     }
 
-    fn to_end(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
+    fn continue_call(&mut self, stopped: &mut StoppedProcess) -> Result<(), TraceError> {
         if let Step::Calling(begun) = self.step {
             self.step = Step::Calling(stopped.tracees[self.host].continue_call(begun)?);
         }

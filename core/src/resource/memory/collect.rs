@@ -49,12 +49,12 @@ impl Looks {
     const MANY: usize = 8;
 
     pub fn at(targets: &[Box<dyn Target>]) -> Result<Looks, DumpError> {
-        let open = |target: &Box<dyn Target>| {
+        let open = |target: &dyn Target| {
             let proc = target.proc();
             let files = proc.file("smaps").and_then(|smaps| Ok((smaps, proc.file("auxv")?)));
             files.map_err(|source| DumpError::Io { what: format!("smaps of process {}", target.pid()), source })
         };
-        let files = targets.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let files = targets.iter().map(|target| open(&**target)).collect::<Result<Vec<_>, _>>()?;
         if files.len() < Looks::MANY {
             return Ok(Looks { files: files.into_iter(), ahead: None });
         }
