@@ -2,7 +2,7 @@
 //!
 //! Every run starts a program anew, waits until it has touched its memory, dumps it, restores it, and sees to it that it
 //! goes on; a row whose program did not go on says so and has no time. Given are medians (and minima) of the wall time,
-//! and the largest resident size of the command itself.
+//! the same of a dump until its files are synced, and the largest resident size of the command itself.
 
 mod load;
 
@@ -59,6 +59,8 @@ enum Tool {
 #[derive(Clone, Copy)]
 struct Timed {
     took: Duration,
+    /// Until the image was on its medium as well. ckpt ends only then; others leave that to the kernel.
+    durable: Duration,
     /// Largest resident size, in KiB.
     peak: i64,
 }
@@ -111,8 +113,8 @@ impl Bench {
         }
         println!("median (minimum) of {} interleaved runs, wall time of the whole command", self.runs);
         println!(
-            "{:<12} {:<5} {:>21} {:>21} {:>12} {:>12}",
-            "load", "tool", "dump", "restore", "dump peak", "restore peak"
+            "{:<12} {:<5} {:>21} {:>21} {:>21} {:>12} {:>12}",
+            "load", "tool", "dump", "dump and sync", "restore", "dump peak", "restore peak"
         );
         let mut good = true;
         for load in LOADS.iter().filter(|load| self.only.as_deref().is_none_or(|only| only == load.name)) {
@@ -180,7 +182,8 @@ impl Bench {
         let (status, peak) = wait4(child.id() as i32)?;
         let took = begin.elapsed();
         if status == 0 {
-            return Ok(Timed { took, peak });
+            sync(image).map_err(|error| format!("syncing the image: {error}"))?;
+            return Ok(Timed { took, durable: begin.elapsed(), peak });
         }
         let said = fs::read_to_string(&log).unwrap_or_default();
         Err(format!("{verb} ended with status {status:#x}: {}", said.lines().last().unwrap_or("")))
@@ -196,9 +199,10 @@ impl Row {
             let peak = |runs: &[Timed]| format!("{} KiB", runs.iter().map(|run| run.peak).max().unwrap_or(0));
             let (dumps, restores) = (&self.dumps, &self.restores);
             println!(
-                "{load:<12} {tool:<5} {:>21} {:>21} {:>12} {:>12}",
-                times(dumps),
-                times(restores),
+                "{load:<12} {tool:<5} {:>21} {:>21} {:>21} {:>12} {:>12}",
+                times(dumps, |run| run.took),
+                times(dumps, |run| run.durable),
+                times(restores, |run| run.took),
                 peak(dumps),
                 peak(restores)
             );
@@ -207,9 +211,17 @@ impl Row {
     }
 }
 
+/// Brings the files of an image to their medium, where they are not yet.
+fn sync(image: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(image)? {
+        fs::File::open(entry?.path())?.sync_data()?;
+    }
+    fs::File::open(image)?.sync_all()
+}
+
 /// The median, and the minimum in parentheses.
-fn times(runs: &[Timed]) -> String {
-    let mut times: Vec<f64> = runs.iter().map(|run| run.took.as_secs_f64() * 1e3).collect();
+fn times(runs: &[Timed], of: impl Fn(&Timed) -> Duration) -> String {
+    let mut times: Vec<f64> = runs.iter().map(|run| of(run).as_secs_f64() * 1e3).collect();
     times.sort_by(f64::total_cmp);
     format!("{:.1} ({:.1}) ms", times[times.len() / 2], times[0])
 }
