@@ -43,6 +43,7 @@ pub struct FrozenTarget {
 
 /// Freezes the tree under `root`, and gets into each process.
 pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpError> {
+    sys::raise_descriptor_limit();
     // Until there is a tree of targets, what is stopped is let go of by this.
     let mut stopped = freeze::freeze(root, options)?;
     let mut entries = Vec::with_capacity(stopped.processes.len());

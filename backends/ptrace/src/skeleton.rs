@@ -25,7 +25,6 @@ use ckpt_core::{
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::sys::{self, CloneArguments};
@@ -84,7 +83,7 @@ fn target_failed(pid: Pid) -> impl Fn(TargetError) -> RestoreError {
 
 /// Makes the tree of an image.
 pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
-    raise_descriptor_limit();
+    sys::raise_descriptor_limit();
     let pinned = Pinned::new();
     let our_mappings = std::fs::read("/proc/self/maps").map_err(|error| failed("/proc/self/maps", error))?;
     let our_mappings = Mapping::parse_all(&our_mappings).unwrap_or_default();
@@ -159,16 +158,6 @@ impl Drop for Pinned {
         if let Some(before) = &self.before {
             let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), before);
         }
-    }
-}
-
-/// Skeletons need a few numbers above the program's own; each gets its true limit at the end.
-fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // Where it cannot be raised, the first number that is too high says so.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 

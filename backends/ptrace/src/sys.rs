@@ -10,6 +10,7 @@ use std::sync::LazyLock;
 
 use ckpt_agent::frame;
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 const NT_PRSTATUS: usize = 1;
 const NT_X86_XSTATE: usize = 0x202;
@@ -281,4 +282,15 @@ pub fn xsave_features() -> u64 {
     // The instruction is there on every x86-64; a leaf that is not gives zeros.
     let leaf = std::arch::x86_64::__cpuid_count(13, 0);
     u64::from(leaf.edx) << 32 | u64::from(leaf.eax)
+}
+
+/// Raises our soft limit of descriptors to the hard one: each process of a tree takes several of ours, and a skeleton, which
+/// gets its true limit at the end, a few numbers above the program's own.
+pub fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Where it cannot be raised, the first descriptor that is too many says so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
