@@ -86,11 +86,14 @@ fn rebuild(
     let image = reader.image();
     let targets = skeleton.targets();
     let deleted = files::rebuild_deleted(reader)?;
-    let objects = memory::map_all(targets, reader, deleted)?;
+    let objects = memory::rebuild_objects(targets, reader, deleted)?;
     interruption()?;
+    // While all processes are still on our own processor: descriptors go from one to the other.
     descriptors::rebuild(targets, reader, &objects, options)?;
-    drop(objects);
     locks::rebuild(targets, image)?;
+    interruption()?;
+    memory::map_all(targets, reader, &objects)?;
+    drop(objects);
     let mut filler = restorer.filler();
     let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
     filler.fill_all(targets, &image.processes, reader, &mut meter)?;

@@ -58,7 +58,12 @@ fn before_dump(dir: &Path, round: usize) -> Result<(), String> {
         no_connections(dir)?;
         if let Some(child) = saving_child() {
             if connections(child) == 0 {
-                return Ok(());
+                // Before that it still changes what is to be compared: its title, its actions, its descriptors.
+                wait_for("the child to write", || is_writing(child) || saving_child() != Some(child))?;
+                if saving_child() == Some(child) {
+                    return Ok(());
+                }
+                continue;
             }
             // It began while a client was there, and has inherited its connection.
             wait_for("the first child to end", || saving_child().is_none())?;
@@ -140,6 +145,14 @@ fn processes() -> Vec<(i32, i32)> {
         (name.contains("(redis") && state != "Z").then_some((pid, parent))
     };
     numbers(Path::new("/proc")).into_iter().filter_map(stat).collect()
+}
+
+/// Whether the child has its file open, and has written to it.
+fn is_writing(child: i32) -> bool {
+    let fds = numbers(Path::new(&format!("/proc/{child}/fd"))).into_iter();
+    let mut links = fds.filter_map(|fd| fs::read_link(format!("/proc/{child}/fd/{fd}")).ok());
+    let file = links.find(|link| link.extension().is_some_and(|extension| extension == "rdb"));
+    file.and_then(|file| fs::metadata(file).ok()).is_some_and(|metadata| metadata.len() > 0)
 }
 
 fn saving_child() -> Option<i32> {

@@ -16,7 +16,7 @@ pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::write_pages;
-pub use rebuild::{check, finish, map_all};
+pub use rebuild::{check, finish, map_all, rebuild_objects};
 
 use std::path::PathBuf;
 

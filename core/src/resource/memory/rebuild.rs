@@ -35,21 +35,26 @@ pub fn check(memory: &Memory, context: &mut Check<'_>) {
     }
 }
 
-/// Makes the mappings of the image, without their pages.
+/// Makes the memory that several mappings or descriptors share, with its content.
 ///
 /// `deleted` are the deleted files of the image, by [`DeletedId`](crate::resource::files::DeletedId); they go into what is
 /// returned.
-pub fn map_all(
+pub fn rebuild_objects(
     targets: &mut [Box<dyn Target>],
     reader: &dyn ImageReader,
     deleted: Vec<OwnedFd>,
 ) -> Result<Rebuilt, RestoreError> {
-    let rebuilt = objects::rebuild(targets, reader, deleted)?;
-    crew::each(targets, &reader.image().processes, |_, target, process| {
-        map_process(target, &process.memory, &rebuilt)
-    })?;
-    objects::seal(&reader.image().memory_objects, &rebuilt.objects)?;
-    Ok(rebuilt)
+    objects::rebuild(targets, reader, deleted)
+}
+
+/// Makes the mappings of the image, without their pages.
+pub fn map_all(
+    targets: &mut [Box<dyn Target>],
+    reader: &dyn ImageReader,
+    rebuilt: &Rebuilt,
+) -> Result<(), RestoreError> {
+    crew::each(targets, &reader.image().processes, |_, target, process| map_process(target, &process.memory, rebuilt))?;
+    objects::seal(&reader.image().memory_objects, &rebuilt.objects)
 }
 
 /// What is mapped, as a key: descriptors are opened once for all its mappings.
