@@ -58,13 +58,20 @@ pub fn dump(
         page_bytes: memory::page_bytes(&image),
     };
     interruption()?;
+    // All is copied: a tree that goes on need not wait for the medium. One that does not is there until the image is.
+    let frozen = match after {
+        After::Kill | After::LeaveStopped => Some(frozen),
+        After::LeaveRunning => {
+            progress.phase(Phase::LetGo);
+            frozen.thaw()?;
+            None
+        }
+    };
     progress.phase(Phase::Publish);
     store.publish(&image)?;
-    progress.phase(Phase::LetGo);
-    match after {
-        After::Kill => frozen.kill()?,
-        After::LeaveRunning => frozen.thaw()?,
-        After::LeaveStopped => frozen.stop()?,
+    if let Some(frozen) = frozen {
+        progress.phase(Phase::LetGo);
+        if after == After::LeaveStopped { frozen.stop()? } else { frozen.kill()? }
     }
     Ok(summary)
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::mpsc;
 
 use ckpt_core::store::{BlobId, ImageWriter, PageExtent};
 use ckpt_core::{Image, StoreError};
@@ -42,6 +43,7 @@ pub fn create(directory: &Path) -> Result<Box<dyn ImageWriter>, StoreError> {
         pages,
         room,
         cache: Cache::Used,
+        beginner: None,
         reserved: 0,
         checksums: Vec::new(),
         covered: Vec::new(),
@@ -54,6 +56,8 @@ struct Writer {
     pages: File,
     room: Room,
     cache: Cache,
+    /// Has the medium begin with pages. To tell it so takes as long as it is busy with others.
+    beginner: Option<mpsc::Sender<PageExtent>>,
     /// Pages handed out so far.
     reserved: u64,
     /// Of each reserved page.
@@ -159,7 +163,7 @@ impl ImageWriter for Writer {
                 self.cover(extent);
                 // Little pieces are brought there together, by the sync at the end.
                 if self.cache == Cache::Used && extent.pages >= LARGE_PIECE {
-                    sys::begin_writing(self.pages.as_fd(), extent.first * PAGE, extent.pages * PAGE);
+                    self.begin_writing(extent)?;
                 }
                 Ok(())
             }
@@ -200,7 +204,8 @@ impl ImageWriter for Writer {
         }
         let table: Vec<u8> = self.checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
         let manifest = self.manifest(image, crc32c::crc32c(&table))?;
-        let this = *self;
+        let mut this = *self;
+        this.beginner = None;
         if manifest.len() < LARGE_MANIFEST {
             this.verify(&manifest, image)?;
             this.write_manifest(&manifest, &table)?;
@@ -251,6 +256,25 @@ impl Writer {
         let statfs = fstatfs(&self.pages)?;
         let free = statfs.blocks_available().saturating_mul(statfs.block_size() as u64);
         if free < (pages - self.reserved) * PAGE { Err(Errno::ENOSPC) } else { Ok(()) }
+    }
+
+    fn begin_writing(&mut self, extent: PageExtent) -> Result<(), StoreError> {
+        if self.beginner.is_none() {
+            let pages = self.pages.try_clone();
+            let pages = pages.map_err(|source| io(&self.partial, PAGES, "cannot be shared with a thread", source))?;
+            let (sender, extents) = mpsc::channel::<PageExtent>();
+            // It ends with its sender. What it has not come to is done by the sync at the end.
+            std::thread::spawn(move || {
+                for extent in extents {
+                    sys::begin_writing(pages.as_fd(), extent.first * PAGE, extent.pages * PAGE);
+                }
+            });
+            self.beginner = Some(sender);
+        }
+        if let Some(beginner) = &self.beginner {
+            let _ = beginner.send(extent);
+        }
+        Ok(())
     }
 
     fn cover(&mut self, extent: PageExtent) {
