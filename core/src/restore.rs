@@ -89,6 +89,7 @@ fn rebuild(
     let objects = memory::map_all(targets, reader, deleted)?;
     interruption()?;
     descriptors::rebuild(targets, reader, &objects, options)?;
+    files::guard_deleted(image, &objects.deleted)?;
     drop(objects);
     locks::rebuild(targets, image)?;
     let mut filler = restorer.filler();

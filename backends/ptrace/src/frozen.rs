@@ -14,7 +14,7 @@ use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
-    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
+    Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -425,7 +425,7 @@ impl Target for FrozenTarget {
         self.process.file_of_handle(mount, kind, handle)
     }
 
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         self.process.private_pages(start, end)
     }
 

@@ -184,6 +184,7 @@ fn collect_mapping(
         anonymous_name,
         protection_key: 0,
         pages: Vec::new(),
+        guards: Vec::new(),
     }))
 }
 
@@ -238,7 +239,11 @@ fn file_source(
             }
         },
         Located::Deleted => match objects.deleted.add(context.target.proc(), &path, stat, link) {
-            Ok(id) => Ok(Some(Source::Deleted { id, offset, writable })),
+            Ok(Ok(id)) => Ok(Some(Source::Deleted { id, offset, writable })),
+            Ok(Err(why)) => {
+                context.refuse(subject(found), why, "have the program unmap it");
+                Ok(None)
+            }
             Err(error) => Err(context.io_error(&path, error)),
         },
         Located::Elsewhere(why) => {

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use crate::image::Image;
 use crate::resource::files::{DeletedId, Identity};
 use crate::store::PageExtent;
-use crate::target::PAGE_SIZE;
+use crate::target::{PAGE_SIZE, PageRun};
 
 /// The section name.
 pub const NAME: &str = "memory";
@@ -91,6 +91,8 @@ pub struct Mapping {
     pub protection_key: u32,
     /// Pages whose content is in the image; of the others, the content is what the source gives.
     pub pages: Vec<Pages>,
+    /// Pages that no access may touch, made with `MADV_GUARD_INSTALL`; sorted.
+    pub guards: Vec<PageRun>,
 }
 
 /// A run of saved pages.

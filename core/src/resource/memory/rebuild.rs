@@ -9,12 +9,13 @@ use crate::args;
 use crate::batch::{Arg, Batch, Slot, Sysno};
 use crate::crew;
 use crate::error::RestoreError;
+use crate::host::kernel_is_at_least;
 use crate::resource::Check;
 use crate::resource::files::{Expect, Identity};
 use crate::resource::memory::objects::{self, Rebuilt};
 use crate::resource::memory::{LockFuture, Mapping, Memory, NAME, Source};
 use crate::store::ImageReader;
-use crate::target::{RemoteFd, Target, TargetError};
+use crate::target::{PAGE_SIZE, RemoteFd, Target, TargetError};
 
 /// Whether every file is as it was, and the kernel's own mappings are this kernel's.
 pub fn check(memory: &Memory, context: &mut Check<'_>) {
@@ -23,6 +24,10 @@ pub fn check(memory: &Memory, context: &mut Check<'_>) {
         if let Source::File { path, identity, .. } = &mapping.source {
             files.insert(path, *identity);
         }
+    }
+    if memory.mappings.iter().any(|mapping| !mapping.guards.is_empty()) && !kernel_is_at_least(6, 13) {
+        let why = "it has guard pages (MADV_GUARD_INSTALL), which this kernel does not have";
+        context.refuse("", why, "restore it under Linux 6.13 or later");
     }
     files.insert(&memory.exe, memory.exe_identity);
     let mut files: Vec<_> = files.into_iter().collect();
@@ -225,6 +230,13 @@ pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreErr
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
     let mut batch = Batch::new();
     for mapping in &memory.mappings {
+        // Before mlock, which keeps guard pages from being made.
+        for guard in &mapping.guards {
+            if !batch.has_room(1, 0) {
+                target.run(&std::mem::take(&mut batch)).map_err(failed)?;
+            }
+            batch.call(Sysno::madvise, args![guard.start, guard.pages * PAGE_SIZE, MADV_GUARD_INSTALL]);
+        }
         if !batch.has_room(16, 512) {
             target.run(&std::mem::take(&mut batch)).map_err(failed)?;
         }
@@ -283,6 +295,8 @@ fn has_exe(target: &dyn Target, exe: &Path) -> bool {
 const PR_SET_VMA: i32 = 0x5356_4d41;
 const PR_SET_VMA_ANON_NAME: i32 = 0;
 const MLOCK_ONFAULT: i32 = 1;
+/// Kernel 6.13.
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// What of one mapping is not set by `mmap`.
 fn settle(mapping: &Mapping, batch: &mut Batch) {
@@ -315,7 +329,12 @@ fn settle(mapping: &Mapping, batch: &mut Batch) {
     if mapping.flags.contains(b"lf") {
         batch.call(Sysno::mlock2, args![start, size, MLOCK_ONFAULT]);
     } else if mapping.flags.contains(b"lo") {
-        batch.call(Sysno::mlock, args![start, size]);
+        if mapping.guards.is_empty() {
+            batch.call(Sysno::mlock, args![start, size]);
+        } else {
+            // It locks all, and then finds that it cannot bring in a guard page.
+            batch.try_call(Sysno::mlock, args![start, size]);
+        }
     }
     if mapping.flags.contains(b"sl") {
         const MSEAL: Sysno = Sysno::mseal;
