@@ -68,6 +68,8 @@ pub struct Case {
     pub loses_names: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
+    /// What the CPU must have, and whether it has.
+    pub cpu: Option<(&'static str, fn() -> bool)>,
 }
 
 impl Case {
@@ -93,6 +95,7 @@ impl Case {
             after_dump: None,
             unsteady: false,
             loses_names: false,
+            cpu: None,
         }
     }
 
@@ -125,6 +128,12 @@ impl Case {
     /// The restore must be refused with a message that holds this text, and leave nothing behind.
     pub fn refused_at_restore(mut self, text: &'static str) -> Case {
         self.refused_at_restore = Some(text);
+        self
+    }
+
+    /// Not tried on a CPU that lacks something.
+    pub fn needs_cpu(mut self, what: &'static str, has: fn() -> bool) -> Case {
+        self.cpu = Some((what, has));
         self
     }
 

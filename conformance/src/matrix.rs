@@ -97,6 +97,11 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
         let needed = host.required.has("namespaces") || host.required.has(dumper.name);
         return skip(needed, why.clone());
     }
+    if let Some((what, has)) = case.cpu
+        && !has()
+    {
+        return Todo::Cannot(format!("this CPU has no {what}"));
+    }
     let mut sides = vec![(dumper, (dumper.probe)().dump)];
     sides.extend(restorer.map(|restorer| (restorer, (restorer.probe)().restore)));
     for (backend, availability) in sides {

@@ -670,6 +670,10 @@ impl Target for SkeletonTarget {
         // A signal frame does not carry these two, so they are set now.
         const ARCH_SET_GS: i32 = 0x1001;
         const ARCH_SET_FS: i32 = 0x1002;
+        if frame::has_tiles(&context.registers.xsave) {
+            // Or the kernel would drop the tiles, and with them all but the SSE registers.
+            batch.use_tiles();
+        }
         batch.call(Sysno::arch_prctl, args![ARCH_SET_FS, general.fs_base]);
         batch.call(Sysno::arch_prctl, args![ARCH_SET_GS, general.gs_base]);
         if let Some(rseq) = context.rseq {
