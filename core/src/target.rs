@@ -128,6 +128,9 @@ pub struct Context {
     /// Blocked signals, bit `n-1` for signal `n`.
     pub blocked: u64,
     pub rseq: Option<Rseq>,
+    /// It waits in a call with a relative timeout, and so much of it is left, in nanoseconds; where the registers do not say
+    /// so, and it is known.
+    pub timeout_left: Option<u64>,
 }
 
 /// A raw `siginfo_t`.

@@ -485,7 +485,10 @@ impl FrozenTree {
                 let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), signal);
             }
             for tracee in &target.tracees {
-                let _ = sys::detach(tracee.tid, 0);
+                match signal {
+                    None => tracee.let_go(&target.process),
+                    Some(_) => _ = sys::detach(tracee.tid, 0),
+                }
             }
         }
         self.targets.clear();
