@@ -182,7 +182,8 @@ fn ended(zombie: &Zombie) -> String {
 }
 
 fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec<String> {
-    let mut lines = vec![format!("exe {}", process.memory.exe.display())];
+    let deleted = if process.memory.exe_deleted.is_some() { " (deleted)" } else { "" };
+    let mut lines = vec![format!("exe {}{deleted}", process.memory.exe.display())];
     memory(process, &mut lines);
     if !process.descriptors.descriptors.is_empty() {
         lines.push("descriptors".into());

@@ -90,6 +90,7 @@ fn rebuild(
     interruption()?;
     descriptors::rebuild(targets, reader, &objects, options)?;
     files::guard_deleted(image, &objects.deleted)?;
+    let executables = memory::deleted_executables(image, &objects)?;
     drop(objects);
     locks::rebuild(targets, image)?;
     let mut filler = restorer.filler();
@@ -98,7 +99,7 @@ fn rebuild(
     // Only now that the slow part is done: timers run from here on.
     crew::each(targets, &image.processes, |index, target, process| {
         interruption()?;
-        memory::finish(target, &process.memory)?;
+        memory::finish(target, &process.memory, &executables)?;
         let initial = threads::ask_main(target).map_err(asked)?;
         let mut context = Rebuild {
             target,

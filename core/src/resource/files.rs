@@ -485,7 +485,7 @@ pub fn locate(link: &OsStr, stat: &FileStat) -> Located {
 }
 
 /// The path before ` (deleted)`.
-fn without_deleted(link: &OsStr) -> Option<&OsStr> {
+pub(crate) fn without_deleted(link: &OsStr) -> Option<&OsStr> {
     link.as_bytes().strip_suffix(b" (deleted)").map(OsStr::from_bytes)
 }
 

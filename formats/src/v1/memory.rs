@@ -14,6 +14,7 @@ wire_struct! {
         auxv: Bytes,
         exe: Bytes,
         exe_identity: IdentityV1,
+        exe_deleted: Option<u32>,
         lock_future: LockFutureV1,
     }
 }

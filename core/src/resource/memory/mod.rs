@@ -16,7 +16,7 @@ pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::write_pages;
-pub use rebuild::{check, finish, map_all};
+pub use rebuild::{check, deleted_executables, finish, map_all};
 
 use std::path::PathBuf;
 
@@ -40,9 +40,11 @@ pub struct Memory {
     pub layout: Layout,
     /// `/proc/PID/auxv`.
     pub auxv: Vec<u8>,
-    /// What `/proc/PID/exe` leads to.
+    /// What `/proc/PID/exe` leads to; where that was deleted, its former path.
     pub exe: PathBuf,
     pub exe_identity: Identity,
+    /// It was deleted or replaced since the program started.
+    pub exe_deleted: Option<DeletedId>,
     /// `mlockall(MCL_FUTURE)`: what is mapped from now on is locked.
     pub lock_future: LockFuture,
 }
