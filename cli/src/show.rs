@@ -206,7 +206,7 @@ fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec
     // Most processes of a tree are alike in these, and most threads: what is as in the first is not said again.
     let root = &whole["processes"][0];
     let is_root = std::ptr::eq(root, json);
-    for section in ["filesystem", "signals", "timers", "limits", "attributes"] {
+    for section in ["filesystem", "signals", "timers", "limits", "attributes", "cgroups"] {
         if is_root || json[section] != root[section] {
             state(section, &json[section], &mut lines);
         }

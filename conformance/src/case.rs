@@ -70,6 +70,8 @@ pub struct Case {
     pub rounds: usize,
     /// What the CPU must have, and whether it has.
     pub cpu: Option<(&'static str, fn() -> bool)>,
+    /// What this host must allow; an error says why it does not.
+    pub host: Option<fn() -> Result<(), String>>,
 }
 
 impl Case {
@@ -96,6 +98,7 @@ impl Case {
             unsteady: false,
             loses_names: false,
             cpu: None,
+            host: None,
         }
     }
 
@@ -134,6 +137,12 @@ impl Case {
     /// Not tried on a CPU that lacks something.
     pub fn needs_cpu(mut self, what: &'static str, has: fn() -> bool) -> Case {
         self.cpu = Some((what, has));
+        self
+    }
+
+    /// Skipped on a host that does not allow something.
+    pub fn needs_host(mut self, allows: fn() -> Result<(), String>) -> Case {
+        self.host = Some(allows);
         self
     }
 

@@ -114,6 +114,9 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
             return skip(host.required.has(backend.name), format!("{} is not available: {why}", backend.name));
         }
     }
+    if let Some(Err(why)) = case.host.map(|allows| allows()) {
+        return skip(false, why);
+    }
     match missing(case) {
         Some(missing) => skip(host.required.has("programs"), missing),
         None => Todo::Try,

@@ -100,6 +100,8 @@ pub struct RestoreOptions {
     /// ckpt ends when the tree runs. To the root of the tree that is not the end of its parent, which it may have asked to
     /// be told (`PR_SET_PDEATHSIG`).
     pub detach: bool,
+    /// The processes stay in the cgroups of ckpt, whatever theirs were.
+    pub ignore_cgroups: bool,
 }
 
 /// Makes the empty process tree that the resources are rebuilt in.

@@ -10,8 +10,8 @@ use crate::image::Process;
 use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
-    Deferred, Rebuild, attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling,
-    signals, threads, timers,
+    Deferred, Rebuild, attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory,
+    scheduling, signals, threads, timers,
 };
 use crate::store::ImageReader;
 use crate::target::Pid;
@@ -85,6 +85,8 @@ fn rebuild(
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
+    // While there is nothing in them to be charged to anyone.
+    cgroups::rebuild(targets, image, options.ignore_cgroups)?;
     let deleted = files::rebuild_deleted(reader)?;
     let objects = memory::map_all(targets, reader, deleted)?;
     interruption()?;

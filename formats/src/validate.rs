@@ -95,6 +95,9 @@ fn task(task: &Task) -> Result<(), Invalid> {
 
 fn process(process: &Process) -> Result<(), Invalid> {
     memory(&process.memory).map_err(|invalid| invalid.within("memory"))?;
+    for membership in &process.cgroups.memberships {
+        path(&membership.path).map_err(|invalid| invalid.within("cgroups"))?;
+    }
     table(&process.descriptors).map_err(|invalid| invalid.within("descriptors"))?;
     each("threads", &process.threads, |thread| context(&thread.context))
 }

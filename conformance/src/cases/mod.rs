@@ -4,6 +4,7 @@ use crate::case::Case;
 
 mod attributes;
 mod calls;
+mod cgroups;
 mod credentials;
 mod descriptors;
 mod devices;
@@ -34,6 +35,7 @@ pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
         attributes::cases, //
         calls::cases,
+        cgroups::cases,
         credentials::cases,
         descriptors::cases,
         devices::cases,

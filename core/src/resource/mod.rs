@@ -4,6 +4,7 @@
 //! It is written once, in terms of a [`Target`], and never asks which backend it runs under.
 
 pub mod attributes;
+pub mod cgroups;
 pub mod credentials;
 pub mod descriptors;
 pub mod devices;
@@ -85,6 +86,7 @@ pub fn names() -> Vec<&'static str> {
     let mut names = vec![
         attributes::Attributes::NAME,
         attributes::ThreadAttributes::NAME,
+        cgroups::NAME,
         credentials::ThreadCredentials::NAME,
         filesystem::ProcessFilesystem::NAME,
         limits::ResourceLimits::NAME,
