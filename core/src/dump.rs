@@ -105,7 +105,7 @@ fn collect(
     let mut looks = memory::Looks::at(targets)?;
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
-        descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
+        descriptors::collect(targets, &zombies, &mut objects, store, options, &mut refusals)?;
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());

@@ -18,6 +18,7 @@ mod inotify;
 mod limits;
 mod locks;
 mod memory;
+mod pidfds;
 mod pipes;
 mod programs;
 mod registers;
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         locks::cases,
         memory::cases,
+        pidfds::cases,
         pipes::cases,
         programs::cases,
         registers::cases,

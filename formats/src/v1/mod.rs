@@ -31,6 +31,7 @@ pub mod limits;
 pub mod locks;
 pub mod memfds;
 pub mod memory;
+pub mod pidfds;
 pub mod pipes;
 pub mod registers;
 pub mod scheduling;
