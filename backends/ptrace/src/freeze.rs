@@ -11,6 +11,8 @@ use ckpt_core::image::{Task, Zombie};
 use ckpt_core::procfs::{ProcDir, Stat};
 use ckpt_core::{Pid, TargetError};
 
+use nix::errno::Errno;
+
 use crate::probe::DUMP_NEEDS;
 use crate::sys::{self, Stop};
 use crate::timeouts::{Clocks, Sleeper};
@@ -400,8 +402,37 @@ pub fn dump_error(pid: Pid, error: TraceError) -> DumpError {
         TraceError::TimedOut(tid) => {
             DumpError::Target { resource: "registers", pid, source: TargetError::TimedOut { pid: tid, seconds: 10 } }
         }
+        TraceError::NoRoom { bytes, errno } => DumpError::Unsupported(vec![no_room(pid, bytes, errno)]),
         other @ (TraceError::NoStack(_) | TraceError::UnknownRestart(_)) => {
             refuse(other.to_string(), "try again a moment later")
         }
     }
+}
+
+/// Why a process cannot take us in, and what would help.
+fn no_room(pid: Pid, bytes: usize, errno: Errno) -> Refusal {
+    let limits = ProcDir::open(pid).and_then(|proc| proc.text("limits")).unwrap_or_default();
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    };
+    let (why, help) = match (errno, limit("Max address space"), limit("Max locked memory")) {
+        (Errno::ENOMEM, Some(limit), _) => (
+            format!("its address space is as large as it may be (RLIMIT_AS, {limit} bytes)"),
+            format!("raise the limit for the dump: prlimit --pid {pid} --as={}", limit + (bytes as u64).max(1 << 20)),
+        ),
+        (Errno::EAGAIN, _, Some(limit)) => (
+            format!("all that it maps is locked, and it may lock no more (RLIMIT_MEMLOCK, {limit} bytes)"),
+            format!(
+                "raise the limit for the dump: prlimit --pid {pid} --memlock={}",
+                limit + (bytes as u64).max(1 << 20)
+            ),
+        ),
+        _ => (
+            format!("the kernel gives it no more memory ({errno})"),
+            "it may have as many mappings as it may (sysctl vm.max_map_count), or all memory is committed".to_string(),
+        ),
+    };
+    let why = format!("{why}, and ckpt needs {bytes} bytes in it for a moment");
+    Refusal { resource: "memory", pid: Some(pid), subject: String::new(), why, help }
 }

@@ -174,7 +174,7 @@ impl Entry {
         let Step::Calling(begun) = self.step else { return Ok(()) };
         let mapped = tracee.end_call(begun)?;
         self.step = Step::Called;
-        ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::Io(errno.into()))?;
+        ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::NoRoom { bytes: self.size, errno })?;
         let (base, size) = (self.base, self.size);
         let name = format!("map_files/{base:x}-{:x}", base + size as u64);
         let memory = process.proc.open_with(name, OFlag::O_RDWR)?;

@@ -8,6 +8,7 @@ use ckpt_agent::process::Process;
 use ckpt_agent::{Channel, frame};
 use ckpt_core::procfs::Mapping;
 use ckpt_core::{Context, General, Pid, Registers, RemotePtr, Rseq, SigInfo};
+use nix::errno::Errno;
 
 use crate::entrance::Entrance;
 use crate::restart::{self, Interrupted};
@@ -551,6 +552,11 @@ pub enum TraceError {
     NoStack(Pid),
     /// A call with this number continues by a restart block that cannot be told.
     UnknownRestart(u64),
+    /// The kernel refused so many bytes more in an address space.
+    NoRoom {
+        bytes: usize,
+        errno: Errno,
+    },
 }
 
 impl From<io::Error> for TraceError {
@@ -572,6 +578,7 @@ impl std::fmt::Display for TraceError {
             TraceError::Target(error) => error.fmt(f),
             TraceError::Ended(tid) => write!(f, "thread {tid} ended"),
             TraceError::TimedOut(tid) => write!(f, "thread {tid} did not stop"),
+            TraceError::NoRoom { bytes, errno } => write!(f, "no room for {bytes} bytes more in its memory: {errno}"),
             TraceError::NoStack(tid) => write!(f, "thread {tid} has no room on its stack"),
             TraceError::UnknownRestart(number) => {
                 write!(f, "a thread is in system call {number}, interrupted twice, and what to run again is not known")
