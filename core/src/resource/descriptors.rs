@@ -99,6 +99,10 @@ impl Seen {
     pub fn file_type(&self) -> u32 {
         self.stat.st_mode & libc::S_IFMT
     }
+    /// Whether the link is a path, of a mount that we see or of another.
+    pub fn has_path(&self) -> bool {
+        self.link.as_encoded_bytes().starts_with(b"/") || self.link.as_encoded_bytes().starts_with(b"(unreachable)")
+    }
     /// Whether the link is `anon_inode:[name]`.
     pub fn is_anon_inode(&self, name: &str) -> bool {
         self.link.to_str().is_some_and(|link| link.strip_prefix("anon_inode:") == Some(name))

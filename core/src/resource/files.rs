@@ -425,9 +425,10 @@ fn read_stat(replies: &Replies, stat: Slot) -> Opened {
 impl FileResource for Files {
     fn claims(seen: &Seen) -> bool {
         // O_PATH is only a place, whatever is there.
-        let named = seen.link.as_bytes().starts_with(b"/") || seen.link.as_bytes().starts_with(b"(unreachable)");
         let place_only = seen.info.flags & libc::O_PATH != 0;
-        named && !Memfds::claims(seen) && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
+        seen.has_path()
+            && !Memfds::claims(seen)
+            && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
     }
 
     fn finish(_saved: &File, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
