@@ -12,6 +12,7 @@ use ckpt_core::Pid;
 use ckpt_core::backend::RestoreOptions;
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
+use ckpt_core::resource::cgroups;
 use ckpt_core::restore::prepare;
 
 use crate::progress::Bar;
@@ -46,6 +47,16 @@ pub struct Restore {
     /// The image is of a job of a terminal: go on as a job of this one
     #[arg(long)]
     shell_job: bool,
+
+    /// What to do about the cgroups of the processes: put them back there, or leave them in that of ckpt
+    #[arg(long, value_name = "HOW", default_value = "join")]
+    cgroup: Cgroups,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Cgroups {
+    Join,
+    Ignore,
 }
 
 pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
@@ -55,7 +66,9 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     sys::interrupt_on_signals();
     let reader = ckpt_formats::open(&verb.directory)?;
     wait_for_the_dead(reader.image());
-    let options = RestoreOptions { shell_job: verb.shell_job, detach: verb.detach };
+    let ignore_cgroups = verb.cgroup == Cgroups::Ignore;
+    let options = RestoreOptions { shell_job: verb.shell_job, detach: verb.detach, ignore_cgroups };
+    let lost = if ignore_cgroups { cgroups::losses(reader.image()) } else { Vec::new() };
     // A restore that fails gives its settings back.
     let terminal = if verb.shell_job { Terminal::open() } else { None };
     let mut bar = Bar::new();
@@ -72,6 +85,9 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
         terminal.give(root);
     }
     prepared.release()?;
+    for loss in lost {
+        output::tell_aside(&format!("lost, as allowed: {loss}"));
+    }
     if let Some(terminal) = &terminal {
         terminal.keep_settings();
         // Another terminal has another size, and an empty screen.

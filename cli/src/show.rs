@@ -122,6 +122,12 @@ fn text(image: &Image, json: &Value) -> String {
             let _ = writeln!(text, "  #{id}  {kind}  {}, {} saved", human::size(object.size), human::size(saved));
         }
     }
+    if json["deleted_files"].as_array().is_some_and(|list| !list.is_empty()) {
+        text += "\nfiles that were deleted\n";
+        for (id, file) in json["deleted_files"].as_array().into_iter().flatten().enumerate() {
+            let _ = writeln!(text, "  #{id}  {}", describe(file));
+        }
+    }
     if json["locks"].as_array().is_some_and(|list| !list.is_empty()) {
         text += "\nlocks\n";
         for lock in json["locks"].as_array().into_iter().flatten() {
@@ -176,7 +182,8 @@ fn ended(zombie: &Zombie) -> String {
 }
 
 fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec<String> {
-    let mut lines = vec![format!("exe {}", process.memory.exe.display())];
+    let deleted = if process.memory.exe_deleted.is_some() { " (deleted)" } else { "" };
+    let mut lines = vec![format!("exe {}{deleted}", process.memory.exe.display())];
     memory(process, &mut lines);
     if !process.descriptors.descriptors.is_empty() {
         lines.push("descriptors".into());
@@ -199,7 +206,7 @@ fn details(image: &Image, process: &Process, json: &Value, whole: &Value) -> Vec
     // Most processes of a tree are alike in these, and most threads: what is as in the first is not said again.
     let root = &whole["processes"][0];
     let is_root = std::ptr::eq(root, json);
-    for section in ["filesystem", "signals", "timers", "limits", "attributes"] {
+    for section in ["filesystem", "signals", "timers", "limits", "attributes", "cgroups"] {
         if is_root || json[section] != root[section] {
             state(section, &json[section], &mut lines);
         }
@@ -245,6 +252,15 @@ fn memory(process: &Process, lines: &mut Vec<String>) {
             lines.push(format!("  {kind:<22} {number:>9} {:>11} {:>11}", human::size(size), human::size(saved)));
         }
     }
+    let guards = guard_pages(process);
+    if guards > 0 {
+        lines.push(format!("  {:<22} {:>9} {:>11}", "guard pages", "", human::size(guards * PAGE_SIZE)));
+    }
+}
+
+/// How many pages of a process are guard pages.
+fn guard_pages(process: &Process) -> u64 {
+    process.memory.mappings.iter().flat_map(|mapping| &mapping.guards).map(|run| run.pages).sum()
 }
 
 fn kind_of(process: &Process, mapping: &Mapping) -> usize {

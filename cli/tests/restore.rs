@@ -140,3 +140,40 @@ fn a_process_is_examined_and_goes_on() {
     subject.assert_unharmed();
     subject.finish();
 }
+
+/// A cgroup that is removed again. Where none can be made, there is nothing that could be lost.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn make() -> Cgroup {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("cgroups of version 2 are mounted");
+        let path = std::path::Path::new(mount.split(' ').nth(4).unwrap());
+        let path = path.join(format!("ckpt-restore-test-{}", std::process::id()));
+        fs::create_dir(&path).expect("a cgroup can be made");
+        Cgroup(path)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_cgroup_that_is_gone_is_refused_and_may_be_ignored() {
+    let workshop = Workshop::new();
+    let cgroup = Cgroup::make();
+    let join = format!("echo $$ >{}/cgroup.procs", cgroup.0.display());
+    let pid = dumped_script(&workshop, &join, UNTIL_TOLD);
+    fs::remove_dir(&cgroup.0).expect("nobody is in it");
+    let refused = run(&mut restore(&workshop.image()));
+    refused.assert_error(3, &["cgroups", "it is not there", "restore --cgroup ignore"]);
+    assert!(ProcDir::open(pid).is_err(), "nothing was restored");
+    let outcome = run(restore(&workshop.image()).args(["--cgroup", "ignore"]).current_dir(workshop.path()));
+    outcome.assert_done();
+    let said = format!("{outcome:?}");
+    assert!(said.contains(&format!("lost, as allowed: process {pid} was in cgroup /ckpt-restore-test")), "{said}");
+    kill(pid, libc::SIGKILL);
+}

@@ -68,6 +68,10 @@ pub struct Case {
     pub loses_names: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
+    /// What the CPU must have, and whether it has.
+    pub cpu: Option<(&'static str, fn() -> bool)>,
+    /// What this host must allow; an error says why it does not.
+    pub host: Option<fn() -> Result<(), String>>,
 }
 
 impl Case {
@@ -93,6 +97,8 @@ impl Case {
             after_dump: None,
             unsteady: false,
             loses_names: false,
+            cpu: None,
+            host: None,
         }
     }
 
@@ -125,6 +131,18 @@ impl Case {
     /// The restore must be refused with a message that holds this text, and leave nothing behind.
     pub fn refused_at_restore(mut self, text: &'static str) -> Case {
         self.refused_at_restore = Some(text);
+        self
+    }
+
+    /// Not tried on a CPU that lacks something.
+    pub fn needs_cpu(mut self, what: &'static str, has: fn() -> bool) -> Case {
+        self.cpu = Some((what, has));
+        self
+    }
+
+    /// Skipped on a host that does not allow something.
+    pub fn needs_host(mut self, allows: fn() -> Result<(), String>) -> Case {
+        self.host = Some(allows);
         self
     }
 

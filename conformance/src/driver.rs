@@ -47,7 +47,7 @@ pub fn dump(backend: &Backend, case: &Case, root: i32, image: &Path, after: Afte
 
 /// Brings the tree of `image` back. The root is then a child of whoever reaps orphans.
 pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path) -> Result<(), Failure> {
-    let options = RestoreOptions { shell_job: case.shell_job, detach: true };
+    let options = RestoreOptions { shell_job: case.shell_job, detach: true, ..RestoreOptions::default() };
     drive(image.parent().expect("a trial's directory"), || {
         let restorer = backend.restorer.ok_or("it has no restorer")?();
         let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;

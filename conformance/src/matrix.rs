@@ -97,6 +97,9 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
         let needed = host.required.has("namespaces") || host.required.has(dumper.name);
         return skip(needed, why.clone());
     }
+    if let Some(lacks) = lacks_cpu(case) {
+        return Todo::Cannot(lacks);
+    }
     let mut sides = vec![(dumper, (dumper.probe)().dump)];
     sides.extend(restorer.map(|restorer| (restorer, (restorer.probe)().restore)));
     for (backend, availability) in sides {
@@ -109,7 +112,10 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
             return skip(host.required.has(backend.name), format!("{} is not available: {why}", backend.name));
         }
     }
-    match missing(case) {
+    if let Some(why) = not_allowed(case) {
+        return skip(false, why);
+    }
+    match missing_program(case) {
         Some(missing) => skip(host.required.has("programs"), missing),
         None => Todo::Try,
     }
@@ -128,6 +134,18 @@ fn reason(availability: &Availability) -> Option<&str> {
 
 /// What a case needs and this host does not have, in words.
 pub fn missing(case: &Case) -> Option<String> {
+    lacks_cpu(case).or_else(|| not_allowed(case)).or_else(|| missing_program(case))
+}
+
+fn lacks_cpu(case: &Case) -> Option<String> {
+    case.cpu.filter(|(_, has)| !has()).map(|(what, _)| format!("this CPU has no {what}"))
+}
+
+fn not_allowed(case: &Case) -> Option<String> {
+    case.host.and_then(|allows| allows().err())
+}
+
+fn missing_program(case: &Case) -> Option<String> {
     let Root::Program(program) = &case.root else { return None };
     let (file, package) = program.needs.iter().find(|(file, _)| !Path::new(file).exists())?;
     Some(format!("there is no {file}; install the Debian package {package}"))

@@ -44,8 +44,18 @@ const THREAD_STATUS: &[&str] = &[
     "Speculation_Store_Bypass",
 ];
 /// Files whose whole content is compared.
-const FILES: &[&str] =
-    &["cmdline", "environ", "auxv", "limits", "personality", "oom_score_adj", "coredump_filter", "timers", "setgroups"];
+const FILES: &[&str] = &[
+    "cgroup",
+    "cmdline",
+    "environ",
+    "auxv",
+    "limits",
+    "personality",
+    "oom_score_adj",
+    "coredump_filter",
+    "timers",
+    "setgroups",
+];
 const LINKS: &[&str] = &["exe", "cwd", "root"];
 
 impl Visible {

@@ -19,8 +19,8 @@ use ckpt_core::image::{Image, Zombie};
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::memory::Filler;
 use ckpt_core::{
-    Context, DumpError, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, Refusal, RemoteFd, RemotePtr, RestoreError,
-    SigInfo, Target, TargetError, args, inventory, registry,
+    Context, DumpError, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, Refusal, RemoteFd, RemotePtr,
+    RestoreError, SigInfo, Target, TargetError, args, inventory, registry,
 };
 use libtest_mimic::{Arguments, Trial};
 
@@ -395,13 +395,13 @@ impl Target for FakeTarget {
     fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError> {
         self.peek().file_of_handle(mount, kind, handle)
     }
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
-        let mut runs = self.inner().private_pages(start, end)?;
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
+        let mut pages = self.inner().private_pages(start, end)?;
         // So many single pages with zeros between them are those of the case.
-        if self.wrong == Wrong::LosesPage && runs.len() > 100 {
-            runs.remove(runs.len() / 2);
+        if self.wrong == Wrong::LosesPage && pages.data.len() > 100 {
+            pages.data.remove(pages.data.len() / 2);
         }
-        Ok(runs)
+        Ok(pages)
     }
     fn footprint(&self) -> Footprint {
         self.peek().footprint()
@@ -481,7 +481,7 @@ impl Target for Placeholder {
     fn file_of_handle(&self, _: BorrowedFd<'_>, _: i32, _: &[u8]) -> Result<OwnedFd, TargetError> {
         unreachable!("a borrowed target")
     }
-    fn private_pages(&mut self, _: u64, _: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, _: u64, _: u64) -> Result<PrivatePages, TargetError> {
         unreachable!("a borrowed target")
     }
     fn footprint(&self) -> Footprint {

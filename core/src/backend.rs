@@ -77,7 +77,8 @@ pub trait Frozen {
     fn zombies(&self) -> &[Zombie];
     /// All targets, in the order of [`processes`](Frozen::processes).
     fn targets(&mut self) -> &mut [Box<dyn Target>];
-    /// Lets the tree go on.
+    /// Lets the tree go on. Threads that sleep in a call with a timeout may be let go of only when the thread of ours that
+    /// froze them ends.
     fn thaw(self: Box<Self>) -> Result<(), DumpError>;
     /// Leaves every process stopped as by SIGSTOP.
     fn stop(self: Box<Self>) -> Result<(), DumpError>;
@@ -99,6 +100,8 @@ pub struct RestoreOptions {
     /// ckpt ends when the tree runs. To the root of the tree that is not the end of its parent, which it may have asked to
     /// be told (`PR_SET_PDEATHSIG`).
     pub detach: bool,
+    /// The processes stay in the cgroups of ckpt, whatever theirs were.
+    pub ignore_cgroups: bool,
 }
 
 /// Makes the empty process tree that the resources are rebuilt in.

@@ -82,12 +82,14 @@ impl From<crate::RemoteFd> for Arg {
     }
 }
 
-/// What a call of a batch does: a system call, or one of the agent's own two operations.
+/// What a call of a batch does: a system call, or one of the agent's own operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     System(Sysno),
     /// CRC-32C of each 4,096-byte page from `args[0]` on, `args[1]` pages, as `u32`s to `args[2]`.
     ChecksumPages,
+    /// Uses a tile register (AMX), with the configuration at `args[0]`, and releases it again.
+    UseTiles,
 }
 
 /// One call.
@@ -134,6 +136,16 @@ impl Batch {
         let out = self.room(pages * 4);
         self.push(Operation::ChecksumPages, args![from, pages, out], false);
         out
+    }
+
+    /// Has the thread use the tile registers of AMX once. The kernel makes room for them in the thread's state only then, and
+    /// no state with tiles can be set before. The process must have asked for them (`ARCH_REQ_XCOMP_PERM`).
+    pub fn use_tiles(&mut self) {
+        // What ldtilecfg reads: palette 1, and tile 0 with one row of four bytes.
+        let mut configuration = [0_u8; 64];
+        (configuration[0], configuration[16], configuration[48]) = (1, 4, 1);
+        let configuration = self.bytes(&configuration);
+        self.push(Operation::UseTiles, args![configuration], false);
     }
 
     fn push(&mut self, operation: Operation, args: &[Arg], may_fail: bool) -> CallId {

@@ -9,8 +9,8 @@ use crate::image::{Image, Process, Thread};
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::questions::Questions;
 use crate::resource::{
-    Collect, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks,
-    timers,
+    Collect, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
+    tasks, timers,
 };
 use crate::store::ImageWriter;
 use crate::target::{Pid, Target};
@@ -112,7 +112,7 @@ fn collect(
     let mut looks = memory::Looks::at(targets)?;
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
-        descriptors::collect(targets, &mut objects, store, options, &mut refusals)?;
+        descriptors::collect(targets, &zombies, &mut objects, store, options, &mut refusals)?;
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());
@@ -139,6 +139,7 @@ fn collect(
             timers,
             limits: context.collect::<limits::ResourceLimits>()?,
             attributes: context.collect::<attributes::Attributes>()?,
+            cgroups: cgroups::collect(&mut context.section(cgroups::NAME))?,
             threads: collect_threads(&mut context)?,
             signals: context.collect::<signals::ProcessSignals>()?,
             memory: memory::collect(&mut context.section(memory::NAME), &mut looks, &mut objects)?,

@@ -70,6 +70,14 @@ fn cpu_features() -> Vec<&'static str> {
     all.into_iter().filter(|(detected, _)| *detected).map(|(_, name)| name).collect()
 }
 
+/// For what came with a version of the kernel, and cannot be configured away.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|word| word.parse::<u32>().ok());
+    let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    found >= (major, minor)
+}
+
 /// CRC-32C of our own vdso, which is every program's.
 fn vdso_checksum() -> io::Result<u32> {
     let maps = Mapping::parse_all(&std::fs::read("/proc/self/maps")?).unwrap_or_default();

@@ -1,7 +1,8 @@
 //! The model of a saved tree. `ckpt-formats` turns it into bytes; nothing here knows how.
 
 use crate::resource::{
-    attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals, timers,
+    attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals,
+    timers,
 };
 use crate::target::{Context, Pid};
 
@@ -88,6 +89,7 @@ pub struct Process {
     pub timers: timers::Timers,
     pub limits: limits::Limits,
     pub attributes: attributes::Process,
+    pub cgroups: cgroups::Cgroups,
     /// The main thread first.
     pub threads: Vec<Thread>,
 }

@@ -5,7 +5,8 @@ use crate::error::RestoreError;
 use crate::host;
 use crate::image::Image;
 use crate::resource::{
-    Check, attributes, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals, tasks, timers,
+    Check, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
+    tasks, timers,
 };
 
 /// An image that this host can bring back, as far as can be known beforehand.
@@ -28,6 +29,9 @@ impl<'a> Plan<'a> {
         host::check(&image.host, &mut refusals);
         let mut context = Check { image, options, refusals: &mut refusals, resource: tasks::NAME, pid: None };
         tasks::check(&mut context);
+        context.resource = cgroups::NAME;
+        cgroups::check(image, &mut context);
+        context.resource = tasks::NAME;
         descriptors::check(image, &mut context);
         locks::check(image, &mut context);
         for process in &image.processes {

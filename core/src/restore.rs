@@ -10,8 +10,8 @@ use crate::image::Process;
 use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
-    Deferred, Rebuild, attributes, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling,
-    signals, threads, timers,
+    Deferred, Rebuild, attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory,
+    scheduling, signals, threads, timers,
 };
 use crate::store::ImageReader;
 use crate::target::Pid;
@@ -85,6 +85,8 @@ fn rebuild(
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
+    // While there is nothing in them to be charged to anyone.
+    cgroups::rebuild(targets, image, options.ignore_cgroups)?;
     let deleted = files::rebuild_deleted(reader)?;
     let objects = memory::rebuild_objects(targets, reader, deleted)?;
     interruption()?;
@@ -93,6 +95,8 @@ fn rebuild(
     locks::rebuild(targets, image)?;
     interruption()?;
     memory::map_all(targets, reader, &objects)?;
+    files::guard_deleted(image, &objects.deleted)?;
+    let executables = memory::deleted_executables(image, &objects)?;
     drop(objects);
     let mut filler = restorer.filler();
     let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
@@ -100,7 +104,7 @@ fn rebuild(
     // Only now that the slow part is done: timers run from here on.
     crew::each(targets, &image.processes, |index, target, process| {
         interruption()?;
-        memory::finish(target, &process.memory)?;
+        memory::finish(target, &process.memory, &executables)?;
         let initial = threads::ask_main(target).map_err(asked)?;
         let mut context = Rebuild {
             target,

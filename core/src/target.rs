@@ -128,6 +128,9 @@ pub struct Context {
     /// Blocked signals, bit `n-1` for signal `n`.
     pub blocked: u64,
     pub rseq: Option<Rseq>,
+    /// It waits in a call with a relative timeout, and so much of it is left, in nanoseconds; where the registers do not say
+    /// so, and it is known.
+    pub timeout_left: Option<u64>,
 }
 
 /// A raw `siginfo_t`.
@@ -153,6 +156,15 @@ impl PageRun {
     pub fn end(self) -> u64 {
         self.start + self.pages * PAGE_SIZE
     }
+}
+
+/// What a page table knows that no file or shared memory object tells. Both are sorted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrivatePages {
+    /// Pages with data: anonymous ones, present or swapped, and copied pages of private file mappings; not the zero page.
+    pub data: Vec<PageRun>,
+    /// Pages that no access may touch (`MADV_GUARD_INSTALL`, kernel 6.13), in mappings of every kind.
+    pub guards: Vec<PageRun>,
 }
 
 /// Bytes in a page. ckpt runs on x86-64 only for now.
@@ -237,9 +249,8 @@ pub trait Target: Send + std::any::Any {
     /// (`open_by_handle_at`, which takes CAP_DAC_READ_SEARCH). `mount` is any file of that file system.
     fn file_of_handle(&self, mount: BorrowedFd<'_>, kind: i32, handle: &[u8]) -> Result<OwnedFd, TargetError>;
 
-    /// Which pages in `start..end` hold data that only the process's own page table leads to: anonymous pages,
-    /// present or swapped, and copied pages of private file mappings; not the zero page. (`PAGEMAP_SCAN`)
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError>;
+    /// What in `start..end` only the process's own page table knows. (`PAGEMAP_SCAN`)
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError>;
 
     /// What of the target is ours.
     fn footprint(&self) -> Footprint;

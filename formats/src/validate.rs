@@ -7,6 +7,7 @@ use std::collections::HashSet;
 
 use ckpt_core::image::{HostFacts, Process, Task};
 use ckpt_core::resource::descriptors::{OpenFile, Table};
+use ckpt_core::resource::files::DeletedFile;
 use ckpt_core::resource::memory::{Mapping, Memory, Object, ObjectKind, Pages, Source};
 use ckpt_core::{Context, Image, PAGE_SIZE, Pid};
 
@@ -39,6 +40,7 @@ pub fn validate(image: &Image) -> Result<(), Invalid> {
     tree(image)?;
     each("processes", &image.processes, process)?;
     each("files", &image.files, file)?;
+    each("deleted_files", &image.deleted_files, deleted_file)?;
     each("memory_objects", &image.memory_objects, object)
 }
 
@@ -93,6 +95,9 @@ fn task(task: &Task) -> Result<(), Invalid> {
 
 fn process(process: &Process) -> Result<(), Invalid> {
     memory(&process.memory).map_err(|invalid| invalid.within("memory"))?;
+    for membership in &process.cgroups.memberships {
+        path(&membership.path).map_err(|invalid| invalid.within("cgroups"))?;
+    }
     table(&process.descriptors).map_err(|invalid| invalid.within("descriptors"))?;
     each("threads", &process.threads, |thread| context(&thread.context))
 }
@@ -138,6 +143,8 @@ fn mapping(mapping: &Mapping) -> Result<(), Invalid> {
     if let Some(anonymous) = &mapping.anonymous_name {
         name(anonymous, 79)?;
     }
+    let guards = mapping.guards.iter().map(|run| (run.start, run.pages));
+    runs(guards, start, end).map_err(|invalid| invalid.within("guards"))?;
     pages(&mapping.pages, start, end)
 }
 
@@ -149,13 +156,17 @@ fn object(object: &Object) -> Result<(), Invalid> {
     pages(&object.pages, 0, object.size.next_multiple_of(PAGE_SIZE))
 }
 
-/// Runs of pages are sorted, disjoint, and between `start` and `end`.
-fn pages(runs: &[Pages], start: u64, end: u64) -> Result<(), Invalid> {
+fn pages(pages: &[Pages], start: u64, end: u64) -> Result<(), Invalid> {
+    runs(pages.iter().map(|run| (run.start, run.extent.pages)), start, end)
+}
+
+/// Runs of pages (start, number) are sorted, disjoint, and between `start` and `end`.
+fn runs(runs: impl Iterator<Item = (u64, u64)>, start: u64, end: u64) -> Result<(), Invalid> {
     let mut least = start;
-    for run in runs {
-        let run_end = run.extent.pages.checked_mul(PAGE_SIZE).and_then(|length| run.start.checked_add(length));
-        let fits = run.start % PAGE_SIZE == 0 && run.start >= least && run_end.is_some_and(|run_end| run_end <= end);
-        require!(fits, "a run of {} pages at {:#x}, where {least:#x} to {end:#x} is free", run.extent.pages, run.start);
+    for (at, pages) in runs {
+        let run_end = pages.checked_mul(PAGE_SIZE).and_then(|length| at.checked_add(length));
+        let fits = at % PAGE_SIZE == 0 && at >= least && run_end.is_some_and(|run_end| run_end <= end);
+        require!(fits, "a run of {pages} pages at {at:#x}, where {least:#x} to {end:#x} is free");
         least = run_end.expect("it fits");
     }
     Ok(())
@@ -175,6 +186,16 @@ fn file(file: &OpenFile) -> Result<(), Invalid> {
         require!((0..=SIGNAL_MAX).contains(&owner.signal), "owner's signal {}", owner.signal);
     }
     Ok(())
+}
+
+fn deleted_file(file: &DeletedFile) -> Result<(), Invalid> {
+    for attribute in &file.extended_attributes {
+        // XATTR_NAME_MAX and XATTR_SIZE_MAX of linux/limits.h.
+        name(attribute.name.as_encoded_bytes(), 255)?;
+        let size = attribute.value.len();
+        require!(size <= 65536, "an extended attribute of {size} bytes");
+    }
+    path(&file.path)
 }
 
 fn path(path: &std::path::Path) -> Result<(), Invalid> {

@@ -201,6 +201,9 @@ unsafe fn run(lane: *mut Lane) {
             let result = if (*call).number == CHECKSUM_PAGES {
                 checksum_pages(args[0] as *const u64, args[1] as usize, args[2] as *mut u32);
                 0
+            } else if (*call).number == USE_TILES {
+                use_tiles(args[0]);
+                0
             } else if (*call).number == SYS_CLONE3 as u32 {
                 clone(args[0], args[1])
             } else {
@@ -266,6 +269,11 @@ unsafe fn leave(lane: *mut Lane) -> ! {
 
 unsafe fn sigreturn(frame: u64) -> ! {
     unsafe { asm!("mov rsp, {frame}", "mov eax, 15", "syscall", "ud2", frame = in(reg) frame, options(noreturn)) }
+}
+
+/// Uses a tile register. The first use traps, and the kernel gives the thread room for tiles.
+unsafe fn use_tiles(configuration: u64) {
+    unsafe { asm!("ldtilecfg [{at}]", "tilezero tmm0", "tilerelease", at = in(reg) configuration) }
 }
 
 /// CRC-32C of each page. Four pages at a time: the instruction has a latency of three cycles.

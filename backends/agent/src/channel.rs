@@ -13,7 +13,7 @@ use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, setsockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL};
+use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL, USE_TILES};
 use crate::region::{FRAME_SIZE, LaneKind, Region};
 use crate::sys;
 
@@ -346,6 +346,7 @@ impl Channel {
             let number = match call.operation {
                 Operation::System(number) => number as u32,
                 Operation::ChecksumPages => CHECKSUM_PAGES,
+                Operation::UseTiles => USE_TILES,
             };
             Call { number, flags: if call.may_fail { MAY_FAIL } else { 0 }, results, loads, args, result: 0 }
         };

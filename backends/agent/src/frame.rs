@@ -30,6 +30,13 @@ pub fn size(xsave: usize) -> usize {
     SIZE.next_multiple_of(64) + 64 + xsave + 4
 }
 
+/// Whether an xsave area has tile data of AMX (component 18) that is not in its initial state.
+pub fn has_tiles(xsave: &[u8]) -> bool {
+    const TILE_DATA: u64 = 1 << 18;
+    let components = xsave.get(COMPONENTS..COMPONENTS + 8).and_then(|bytes| bytes.try_into().ok());
+    components.is_some_and(|components| u64::from_ne_bytes(components) & TILE_DATA != 0)
+}
+
 /// How much of an xsave area there is to keep: as far as the last component that is not in its initial state.
 ///
 /// `rt_sigreturn` drops all but the SSE registers without a word when a frame says more than the thread's own buffer holds

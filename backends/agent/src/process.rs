@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_core::procfs::ProcDir;
-use ckpt_core::{Kcmp, MemoryWriter, PAGE_SIZE, PageRun, Pid, RemoteFd, RemotePtr, TargetError};
+use ckpt_core::{Kcmp, MemoryWriter, PAGE_SIZE, PageRun, Pid, PrivatePages, RemoteFd, RemotePtr, TargetError};
 
 use crate::sys::{self, PageRegion, ScanArgument};
 
@@ -23,6 +23,8 @@ const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
+/// Kernel 6.16.
+const PAGE_IS_GUARD: u64 = 1 << 8;
 
 impl Process {
     pub fn open(pid: Pid) -> io::Result<Process> {
@@ -86,43 +88,49 @@ impl Process {
     }
 
     /// See [`ckpt_core::Target::private_pages`].
-    pub fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    pub fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         if self.pagemap.is_none() {
             let pagemap = self.proc.file("pagemap").map_err(|source| self.error("opening pagemap", source))?;
             self.pagemap = Some(pagemap);
         }
         let pagemap = self.pagemap.as_ref().expect("just opened");
-        let mut runs: Vec<PageRun> = Vec::new();
+        let mut found = PrivatePages::default();
+        // A guard page shows as a swapped one. Of the categories only what all have alike (FILE) or what tells a guard page,
+        // so that the kernel does not cut runs where others change.
         let mut argument = ScanArgument {
             start,
             end,
             category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
             category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            // One category that all have, so that the kernel does not cut runs where others change.
-            return_mask: PAGE_IS_FILE,
+            return_mask: PAGE_IS_FILE | PAGE_IS_GUARD,
             ..ScanArgument::default()
         };
         let mut regions = [PageRegion::default(); 512];
         while argument.start < end {
-            let found = match sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions) {
-                Ok(found) => found,
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => return self.read_pagemap(start, end),
+            let count = match sys::pagemap_scan(pagemap.as_fd(), &mut argument, &mut regions) {
+                Ok(count) => count,
+                // A kernel without the ioctl, or one that does not know guard pages in it (before 6.16).
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    return self.read_pagemap(start, end);
+                }
                 Err(source) => return Err(self.error("PAGEMAP_SCAN", source)),
             };
-            for region in &regions[..found] {
-                push(&mut runs, region.start, (region.end - region.start) / PAGE_SIZE);
+            for region in &regions[..count] {
+                let guard = region.categories & PAGE_IS_GUARD != 0;
+                let runs = if guard { &mut found.guards } else { &mut found.data };
+                push(runs, region.start, (region.end - region.start) / PAGE_SIZE);
             }
             argument.start = argument.walk_end;
         }
-        Ok(runs)
+        Ok(found)
     }
 
-    /// The same for kernels before 6.7, from the entries of `pagemap`.
-    fn read_pagemap(&self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    /// The same for kernels before 6.16, from the entries of `pagemap`.
+    fn read_pagemap(&self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         use std::os::unix::fs::FileExt;
         let pagemap = self.pagemap.as_ref().expect("opened by the caller");
-        let mut runs = Vec::new();
+        let mut found = PrivatePages::default();
         let mut buffer = vec![0; 128 * 1024];
         let mut at = start;
         while at < end {
@@ -130,15 +138,17 @@ impl Process {
             let bytes = &mut buffer[..entries * 8];
             pagemap.read_exact_at(bytes, at / PAGE_SIZE * 8).map_err(|source| self.error("reading pagemap", source))?;
             for (n, entry) in bytes.chunks_exact(8).enumerate() {
-                // Bits 63 present, 62 swapped, 61 file page or shared anonymous.
+                // Bits 63 present, 62 swapped, 61 file page or shared anonymous, 58 guard page (kernel 6.15).
                 let entry = u64::from_ne_bytes(entry.try_into().unwrap());
-                if entry >> 62 != 0 && entry & (1 << 61) == 0 {
-                    push(&mut runs, at + n as u64 * PAGE_SIZE, 1);
+                if entry & (1 << 58) != 0 {
+                    push(&mut found.guards, at + n as u64 * PAGE_SIZE, 1);
+                } else if entry >> 62 != 0 && entry & (1 << 61) == 0 {
+                    push(&mut found.data, at + n as u64 * PAGE_SIZE, 1);
                 }
             }
             at += entries as u64 * PAGE_SIZE;
         }
-        Ok(runs)
+        Ok(found)
     }
 
     pub fn error(&self, operation: &'static str, source: io::Error) -> TargetError {

@@ -22,6 +22,7 @@ pub struct Control {
 
 /// What a call of the agent's own is: a number no system call has.
 pub const CHECKSUM_PAGES: u32 = 0x8000_0000;
+pub const USE_TILES: u32 = 0x8000_0001;
 
 /// Set in [`Call::flags`]: go on when it fails.
 pub const MAY_FAIL: u16 = 1;

@@ -1,6 +1,6 @@
 //! The freeze: every thread of every process of the tree in a ptrace stop (`PTRACE_SEIZE`, `PTRACE_INTERRUPT`).
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,11 @@ use ckpt_core::image::{Task, Zombie};
 use ckpt_core::procfs::{ProcDir, Stat};
 use ckpt_core::{Pid, TargetError};
 
+use nix::errno::Errno;
+
 use crate::probe::DUMP_NEEDS;
 use crate::sys::{self, Stop};
+use crate::timeouts::{Clocks, Sleeper};
 use crate::tracee::{TraceError, Tracee, wait};
 
 /// A stopped process.
@@ -113,12 +116,24 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<StoppedTree, DumpError
     validate(root)?;
     let deadline = Instant::now() + options.timeout;
     let mut tree = StoppedTree::default();
-    let mut begun = BTreeSet::new();
-    let result = freeze_all(root, options, deadline, &mut tree, &mut begun);
+    let (mut begun, mut clocks) = (Begun::new(), Clocks::default());
+    let result = freeze_all(root, options, deadline, &mut tree, &mut begun, &mut clocks);
     if result.is_err() {
-        detach_all(&begun.into_iter().collect::<Vec<_>>());
+        detach_all(&begun.into_keys().collect::<Vec<_>>());
     }
     result.map(|()| tree)
+}
+
+/// Threads that were told to stop, and whether each was asleep then.
+type Begun = BTreeMap<Pid, Option<Sleeper>>;
+
+/// Tells a seized thread to stop.
+fn interrupt(tid: Pid, clocks: &mut Clocks) -> (io::Result<()>, Option<Sleeper>) {
+    let mut sleeper = Sleeper::look(tid, clocks);
+    if let Some(sleeper) = &mut sleeper {
+        sleeper.about_to_be_interrupted();
+    }
+    (sys::interrupt(tid), sleeper)
 }
 
 /// `begun` are main threads that were told to stop and are in no process of the tree yet: children come to their stop while
@@ -128,7 +143,8 @@ fn freeze_all(
     options: &DumpOptions,
     deadline: Instant,
     tree: &mut StoppedTree,
-    begun: &mut BTreeSet<Pid>,
+    begun: &mut Begun,
+    clocks: &mut Clocks,
 ) -> Result<(), DumpError> {
     let mut next = vec![root];
     // Parents are stopped before their children are looked for, so that no child can appear behind us.
@@ -137,7 +153,7 @@ fn freeze_all(
             Ok(process) => process,
             // A child that ended, and that its parent or init has waited for already.
             Err(_) if pid != root => {
-                if begun.remove(&pid) {
+                if begun.remove(&pid).is_some() {
                     let _ = sys::wait(pid, false);
                 }
                 continue;
@@ -153,7 +169,7 @@ fn freeze_all(
         let frozen = FrozenProcess { task: task(pid, &stat), stopped: false };
         tree.processes.push(StoppedProcess { frozen, process, tracees: Vec::new() });
         let stopped = tree.processes.last_mut().expect("just pushed");
-        let outcome = stop_threads(stopped, begun, deadline, options.timeout);
+        let outcome = stop_threads(stopped, begun, clocks, deadline, options.timeout);
         let stat = stopped.process.proc.stat_line();
         let ended = match &stat {
             Ok(stat) => stat.state == 'Z' && stat.num_threads <= 1,
@@ -178,8 +194,8 @@ fn freeze_all(
         for &child in &children {
             // What is wrong with it is found, and said, when its turn comes.
             if sys::seize(child).is_ok() {
-                begun.insert(child);
-                let _ = sys::interrupt(child);
+                let (_, sleeper) = interrupt(child, clocks);
+                begun.insert(child, sleeper);
             }
         }
         next.extend(children);
@@ -201,7 +217,8 @@ fn task(pid: Pid, stat: &Stat) -> Task {
 /// Seizes and stops all threads of a process, until no new one appears.
 fn stop_threads(
     stopped: &mut StoppedProcess,
-    begun: &mut BTreeSet<Pid>,
+    begun: &mut Begun,
+    clocks: &mut Clocks,
     deadline: Instant,
     timeout: Duration,
 ) -> Result<(), DumpError> {
@@ -209,12 +226,14 @@ fn stop_threads(
     loop {
         let tids = stopped.process.proc.numbers("task").map_err(|error| gone(pid, error))?;
         let mut seized = Vec::new();
+        let mut sleepers = Vec::new();
         for tid in tids.into_iter().map(Pid) {
             if stopped.tracees.iter().any(|tracee| tracee.tid == tid) {
                 continue;
             }
-            if begun.remove(&tid) {
+            if let Some(sleeper) = begun.remove(&tid) {
                 seized.push(tid);
+                sleepers.push(sleeper);
                 continue;
             }
             match sys::seize(tid) {
@@ -234,7 +253,9 @@ fn stop_threads(
                 }
             }
             seized.push(tid);
-            if let Err(error) = sys::interrupt(tid)
+            let (told, sleeper) = interrupt(tid, clocks);
+            sleepers.push(sleeper);
+            if let Err(error) = told
                 && error.raw_os_error() != Some(libc::ESRCH)
             {
                 detach_all(&seized);
@@ -244,9 +265,15 @@ fn stop_threads(
         if seized.is_empty() {
             break;
         }
-        for (index, &tid) in seized.iter().enumerate() {
+        for (index, (&tid, sleeper)) in seized.iter().zip(&sleepers).enumerate() {
             match settle(stopped, tid, deadline, timeout) {
-                Ok(()) => {}
+                Ok(()) => {
+                    if let (Some(sleeper), Some(tracee)) = (sleeper, stopped.tracees.last_mut())
+                        && tracee.tid == tid
+                    {
+                        tracee.note_timeout(&stopped.process, sleeper, clocks);
+                    }
+                }
                 Err(error) => {
                     detach_all(&seized[index..]);
                     return Err(error);
@@ -375,8 +402,37 @@ pub fn dump_error(pid: Pid, error: TraceError) -> DumpError {
         TraceError::TimedOut(tid) => {
             DumpError::Target { resource: "registers", pid, source: TargetError::TimedOut { pid: tid, seconds: 10 } }
         }
+        TraceError::NoRoom { bytes, errno } => DumpError::Unsupported(vec![no_room(pid, bytes, errno)]),
         other @ (TraceError::NoStack(_) | TraceError::UnknownRestart(_)) => {
             refuse(other.to_string(), "try again a moment later")
         }
     }
+}
+
+/// Why a process cannot take us in, and what would help.
+fn no_room(pid: Pid, bytes: usize, errno: Errno) -> Refusal {
+    let limits = ProcDir::open(pid).and_then(|proc| proc.text("limits")).unwrap_or_default();
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    };
+    let (why, help) = match (errno, limit("Max address space"), limit("Max locked memory")) {
+        (Errno::ENOMEM, Some(limit), _) => (
+            format!("its address space is as large as it may be (RLIMIT_AS, {limit} bytes)"),
+            format!("raise the limit for the dump: prlimit --pid {pid} --as={}", limit + (bytes as u64).max(1 << 20)),
+        ),
+        (Errno::EAGAIN, _, Some(limit)) => (
+            format!("all that it maps is locked, and it may lock no more (RLIMIT_MEMLOCK, {limit} bytes)"),
+            format!(
+                "raise the limit for the dump: prlimit --pid {pid} --memlock={}",
+                limit + (bytes as u64).max(1 << 20)
+            ),
+        ),
+        _ => (
+            format!("the kernel gives it no more memory ({errno})"),
+            "it may have as many mappings as it may (sysctl vm.max_map_count), or all memory is committed".to_string(),
+        ),
+    };
+    let why = format!("{why}, and ckpt needs {bytes} bytes in it for a moment");
+    Refusal { resource: "memory", pid: Some(pid), subject: String::new(), why, help }
 }

@@ -14,7 +14,7 @@ use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
-    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
+    Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -174,7 +174,7 @@ impl Entry {
         let Step::Calling(begun) = self.step else { return Ok(()) };
         let mapped = tracee.end_call(begun)?;
         self.step = Step::Called;
-        ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::Io(errno.into()))?;
+        ckpt_core::batch::decode(mapped).map_err(|errno| TraceError::NoRoom { bytes: self.size, errno })?;
         let (base, size) = (self.base, self.size);
         let name = format!("map_files/{base:x}-{:x}", base + size as u64);
         let memory = process.proc.open_with(name, OFlag::O_RDWR)?;
@@ -425,7 +425,7 @@ impl Target for FrozenTarget {
         self.process.file_of_handle(mount, kind, handle)
     }
 
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         self.process.private_pages(start, end)
     }
 
@@ -485,7 +485,10 @@ impl FrozenTree {
                 let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), signal);
             }
             for tracee in &target.tracees {
-                let _ = sys::detach(tracee.tid, 0);
+                match signal {
+                    None => tracee.let_go(&target.process),
+                    Some(_) => _ = sys::detach(tracee.tid, 0),
+                }
             }
         }
         self.targets.clear();

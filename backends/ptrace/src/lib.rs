@@ -16,6 +16,7 @@ mod restart;
 mod skeleton;
 #[allow(unsafe_code)]
 mod sys;
+mod timeouts;
 mod tracee;
 
 use ckpt_core::backend::{Backend, Capability, DumpOptions, Dumper, Frozen, Restorer, Skeleton};

@@ -2,6 +2,7 @@
 
 use ckpt_agent::frame;
 use ckpt_core::backend::{Availability, Probe};
+use ckpt_core::host::kernel_is_at_least;
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::{Pid, Refusal};
@@ -57,14 +58,6 @@ pub fn probe() -> Probe {
             ("pidfd_getfd (kernel 5.6)", kernel_is_at_least(5, 6)),
         ],
     }
-}
-
-/// These came with a version, and cannot be configured away.
-fn kernel_is_at_least(major: u32, minor: u32) -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|word| word.parse::<u32>().ok());
-    let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    found >= (major, minor)
 }
 
 /// What of an image this backend cannot bring back here.

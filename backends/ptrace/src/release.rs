@@ -18,6 +18,19 @@ use crate::sys;
 use crate::tracee::{self, Injection, TraceError, Tracee};
 
 pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
+    let timed =
+        tree.each().any(|target| target.contexts.iter().flatten().any(|context| context.timeout_left.is_some()));
+    if !timed {
+        return let_all_go(tree);
+    }
+    // A thread that sleeps with what was left of its timeout is let go of when the thread of ours that traces it ends.
+    match std::thread::spawn(|| let_all_go(tree)).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn let_all_go(mut tree: SkeletonTree) -> Result<(), RestoreError> {
     for target in tree.each() {
         for &tid in target.threads() {
             let stopped = sys::seize(tid).and_then(|()| sys::interrupt(tid));
@@ -57,7 +70,11 @@ pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
             let _ = sys::pidfd_send_signal(target.process().pidfd().as_fd(), libc::SIGSTOP);
         }
         for tracee in &leaving.tracees {
-            let _ = sys::detach(tracee.tid, 0);
+            if target.stopped {
+                let _ = sys::detach(tracee.tid, 0);
+            } else {
+                tracee.let_go(target.process());
+            }
         }
         if let Some(error) = leaving.failure {
             first_error.get_or_insert(failed(target, error));

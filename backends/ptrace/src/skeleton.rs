@@ -20,8 +20,8 @@ use ckpt_core::image::{self, Image, Task};
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::resource::limits;
 use ckpt_core::{
-    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
-    args,
+    Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
+    TargetError, args,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
@@ -643,7 +643,7 @@ impl Target for SkeletonTarget {
         self.process().file_of_handle(mount, kind, handle)
     }
 
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         self.process.as_mut().expect("the process was made").private_pages(start, end)
     }
 
@@ -670,6 +670,10 @@ impl Target for SkeletonTarget {
         // A signal frame does not carry these two, so they are set now.
         const ARCH_SET_GS: i32 = 0x1001;
         const ARCH_SET_FS: i32 = 0x1002;
+        if frame::has_tiles(&context.registers.xsave) {
+            // Or the kernel would drop the tiles, and with them all but the SSE registers.
+            batch.use_tiles();
+        }
         batch.call(Sysno::arch_prctl, args![ARCH_SET_FS, general.fs_base]);
         batch.call(Sysno::arch_prctl, args![ARCH_SET_GS, general.gs_base]);
         if let Some(rseq) = context.rseq {

@@ -8,10 +8,12 @@ use ckpt_agent::process::Process;
 use ckpt_agent::{Channel, frame};
 use ckpt_core::procfs::Mapping;
 use ckpt_core::{Context, General, Pid, Registers, RemotePtr, Rseq, SigInfo};
+use nix::errno::Errno;
 
 use crate::entrance::Entrance;
 use crate::restart::{self, Interrupted};
 use crate::sys::{self, Stop};
+use crate::timeouts::{self, Clocks, Rest, Sleeper};
 
 /// A thread in a ptrace stop.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub struct Tracee {
     rseq: Option<Rseq>,
     /// Where it will go on, however it is let go.
     ready: General,
+    /// When the timeout of the call that it waits in ends (`CLOCK_MONOTONIC`, nanoseconds), where only we know.
+    deadline: Option<u64>,
     position: Position,
     foothold: Option<Foothold>,
 }
@@ -83,6 +87,7 @@ impl Tracee {
             xsave: sys::xsave(tid)?,
             rseq,
             ready,
+            deadline: None,
             position: Position::Frozen,
             foothold: None,
         };
@@ -99,6 +104,7 @@ impl Tracee {
             xsave: context.registers.xsave.clone(),
             rseq: context.rseq,
             ready: context.registers.general,
+            deadline: context.timeout_left.map(|left| timeouts::monotonic().saturating_add(left)),
             position: Position::Injected,
             foothold: None,
         }
@@ -138,6 +144,14 @@ impl Tracee {
             registers: Registers { general: self.ready, xsave: self.xsave.clone() },
             blocked: self.blocked,
             rseq: self.rseq,
+            timeout_left: self.deadline.map(|deadline| deadline.saturating_sub(timeouts::monotonic())),
+        }
+    }
+
+    /// Notes when its timeout ends, if it was seen asleep in the call that it was stopped in.
+    pub fn note_timeout(&mut self, process: &Process, sleeper: &Sleeper, clocks: &mut Clocks) {
+        if restart::interrupted(&self.original) != Interrupted::No {
+            self.deadline = sleeper.deadline(process, self.tid, &self.original, clocks);
         }
     }
 
@@ -437,6 +451,46 @@ impl Tracee {
         }
     }
 
+    /// Lets it go on, once it was put back or has its context. A call that it waits in gets what is left of its timeout.
+    pub fn let_go(&self, process: &Process) {
+        let signal = match self.resume_call(process) {
+            Ok(LetGo::Now(signal)) => signal,
+            Ok(LetGo::WithUs) => return,
+            Err(_) => 0,
+        };
+        let _ = sys::detach(self.tid, signal);
+    }
+
+    /// Prepares the call that it waits in for what is left of its timeout.
+    fn resume_call(&self, process: &Process) -> io::Result<LetGo> {
+        // What continues by its restart block has its own time. In a skeleton, nothing does.
+        let continues = restart::interrupted(&self.original) == Interrupted::Continues;
+        let (Some(deadline), false) = (self.deadline, continues) else { return Ok(LetGo::Now(0)) };
+        let Some(rest) = timeouts::rest(process, &self.ready, deadline) else { return Ok(LetGo::Now(0)) };
+        if let Rest::Registers(general) = rest {
+            sys::set_general(self.tid, &general)?;
+            return Ok(LetGo::Now(0));
+        }
+        // A handler would write over what lies below the stack. So to where the kernel looks at it next.
+        sys::resume_to_call(self.tid)?;
+        match sys::wait_soon(self.tid)? {
+            Some(Stop::Call) => {}
+            Some(Stop::Signal(signal)) => return Ok(LetGo::Now(signal)),
+            _ => return Ok(LetGo::Now(0)),
+        }
+        let now = sys::general(self.tid)?;
+        if (now.orig_rax, now.rip) == (self.ready.rax, self.ready.rip + 2)
+            && let Some(general) = rest.write(process, deadline)
+        {
+            let (rax, orig_rax, rcx, r11) = (now.rax, now.orig_rax, now.rcx, now.r11);
+            sys::set_general(self.tid, &General { rax, orig_rax, rip: now.rip, rcx, r11, ..general })?;
+        }
+        // To be let go of here would interrupt the call; once it is asleep, it would as well. The end of a tracer disturbs
+        // nobody.
+        sys::resume(self.tid, 0)?;
+        Ok(LetGo::WithUs)
+    }
+
     /// Puts back what it was found with, in a stop by an interrupt.
     pub fn put_back_registers(&mut self) -> Result<(), TraceError> {
         sys::set_xsave(self.tid, &self.xsave)?;
@@ -446,6 +500,14 @@ impl Tracee {
         self.position = Position::Frozen;
         Ok(())
     }
+}
+
+/// How a thread is let go.
+enum LetGo {
+    /// With this signal, or 0.
+    Now(i32),
+    /// By the end of the thread of ours that traces it.
+    WithUs,
 }
 
 /// Writes below a stack, which may have to grow for it.
@@ -490,6 +552,11 @@ pub enum TraceError {
     NoStack(Pid),
     /// A call with this number continues by a restart block that cannot be told.
     UnknownRestart(u64),
+    /// The kernel refused so many bytes more in an address space.
+    NoRoom {
+        bytes: usize,
+        errno: Errno,
+    },
 }
 
 impl From<io::Error> for TraceError {
@@ -511,6 +578,7 @@ impl std::fmt::Display for TraceError {
             TraceError::Target(error) => error.fmt(f),
             TraceError::Ended(tid) => write!(f, "thread {tid} ended"),
             TraceError::TimedOut(tid) => write!(f, "thread {tid} did not stop"),
+            TraceError::NoRoom { bytes, errno } => write!(f, "no room for {bytes} bytes more in its memory: {errno}"),
             TraceError::NoStack(tid) => write!(f, "thread {tid} has no room on its stack"),
             TraceError::UnknownRestart(number) => {
                 write!(f, "a thread is in system call {number}, interrupted twice, and what to run again is not known")

@@ -1,7 +1,7 @@
 //! Regular files and directories, deleted files, O_PATH descriptors.
 
-use std::collections::BTreeSet;
-use std::ffi::CString;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -26,6 +26,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("files/deleted", &["files"], deleted),
         Case::new("files/deleted-name-taken", &["files"], deleted_name_taken).loses_names(),
         Case::new("files/deleted-hole", &["files"], deleted_hole),
+        Case::new("files/deleted-attributes", &["files"], deleted_attributes),
+        Case::new("files/deleted-guarded", &["files"], deleted_guarded),
         Case::new("files/deleted-mapped", &["files", "memory"], deleted_mapped),
         Case::new("files/tmpfile", &["files"], tmpfile),
         Case::new("files/grown", &["files"], grown).after_dump(grow),
@@ -327,6 +329,124 @@ fn deleted_hole(checkpoint: &Checkpoint) -> Verdict {
     let mut word = [0; 3];
     file.read_exact_at(&mut word, END).map_err(failed("read"))?;
     equal("the data behind the hole", b"far", &word)
+}
+
+fn set_attribute(file: &File, name: &CStr, value: &[u8]) -> Verdict {
+    // SAFETY: a C string, and a value of the length that is said.
+    let result = unsafe { libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+    done(&format!("fsetxattr of {}", name.to_string_lossy()), result).map(drop)
+}
+
+/// All extended attributes of a file, by name.
+fn attributes(file: &File) -> Result<BTreeMap<CString, Vec<u8>>, String> {
+    let mut list = vec![0_u8; 65536];
+    // SAFETY: a buffer of the length that is said.
+    let length = unsafe { libc::flistxattr(file.as_raw_fd(), list.as_mut_ptr().cast(), list.len()) };
+    list.truncate(done("flistxattr", length)? as usize);
+    let mut all = BTreeMap::new();
+    for name in list.split_inclusive(|&byte| byte == 0) {
+        let name = CStr::from_bytes_with_nul(name).expect("it ends in NUL");
+        let mut value = vec![0_u8; 65536];
+        // SAFETY: a C string, and a buffer of the length that is said.
+        let length =
+            unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+        value.truncate(done("fgetxattr", length)? as usize);
+        all.insert(name.to_owned(), value);
+    }
+    Ok(all)
+}
+
+/// A POSIX ACL as the kernel has it (linux/posix_acl_xattr.h): user 4242 may read.
+fn access_list() -> Vec<u8> {
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 4, 4242), (4, 0, u32::MAX), (0x10, 4, u32::MAX), (0x20, 0, u32::MAX)];
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(permissions.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
+}
+
+/// Owner, ACL, capabilities and what programs note of a file, all of a file without a name; the directory hands down an
+/// ACL of its own, which must not come to it.
+fn deleted_attributes(checkpoint: &Checkpoint) -> Verdict {
+    let directory = checkpoint.dir().join("directory");
+    fs::create_dir(&directory).map_err(failed("mkdir"))?;
+    let create = |name| {
+        let path = directory.join(name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(failed("create"))?;
+        fs::remove_file(&path).map_err(failed("unlink"))?;
+        Ok::<File, String>(file)
+    };
+    let mut file = create("deleted")?;
+    file.write_all(b"content").map_err(failed("write"))?;
+    std::os::unix::fs::fchown(&file, Some(1234), Some(5678)).map_err(failed("chown"))?;
+    // vfs_cap_data of revision 2: CAP_NET_RAW permitted.
+    let capabilities: Vec<u8> =
+        [0x0200_0000_u32, 1 << 13, 0, 0, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+    set_attribute(&file, c"user.note", b"one")?;
+    set_attribute(&file, c"user.empty", b"")?;
+    set_attribute(&file, c"user.bytes", &[0, 255, 7])?;
+    set_attribute(&file, c"trusted.note", b"two")?;
+    set_attribute(&file, c"security.capability", &capabilities)?;
+    set_attribute(&file, c"system.posix_acl_access", &access_list())?;
+    let plain = create("plain")?;
+    let handed_down = File::open(&directory).map_err(failed("open"))?;
+    set_attribute(&handed_down, c"system.posix_acl_default", &access_list())?;
+    let look = |file: &File| -> Result<_, String> {
+        let stat = file.metadata().map_err(failed("fstat"))?;
+        Ok((attributes(file)?, stat.mode(), stat.uid(), stat.gid(), stat.modified().ok(), stat.accessed().ok()))
+    };
+    let before = (look(&file)?, look(&plain)?);
+    equal("the number of attributes that were set", (6, 0), (before.0.0.len(), before.1.0.len()))?;
+    checkpoint.wait()?;
+    equal("attributes, mode, owner and times", before, (look(&file)?, look(&plain)?))
+}
+
+const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
+const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
+const FS_IMMUTABLE_FL: libc::c_long = 0x10;
+const FS_APPEND_FL: libc::c_long = 0x20;
+const FS_NODUMP_FL: libc::c_long = 0x40;
+const FS_NOATIME_FL: libc::c_long = 0x80;
+
+fn inode_flags(file: &File) -> Result<libc::c_long, String> {
+    let mut flags: libc::c_long = 0;
+    // SAFETY: the kernel writes an int at most, which fits.
+    done("FS_IOC_GETFLAGS", unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_GETFLAGS, &mut flags) })?;
+    Ok(flags)
+}
+
+/// Files without a name that may not be written, or only at their end, though descriptors for writing are open.
+fn deleted_guarded(checkpoint: &Checkpoint) -> Verdict {
+    let mut files = Vec::new();
+    for (name, flags) in
+        [("a", FS_NODUMP_FL | FS_NOATIME_FL), ("b", FS_APPEND_FL), ("c", FS_IMMUTABLE_FL | FS_NODUMP_FL)]
+    {
+        let path = checkpoint.dir().join(name);
+        let mut file =
+            OpenOptions::new().read(true).append(true).create_new(true).open(&path).map_err(failed("create"))?;
+        file.write_all(b"content").map_err(failed("write"))?;
+        let reader = File::open(&path).map_err(failed("open"))?;
+        fs::remove_file(&path).map_err(failed("unlink"))?;
+        let all = inode_flags(&file)? | flags;
+        // SAFETY: the kernel reads an int.
+        done("FS_IOC_SETFLAGS", unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_SETFLAGS, &all) })?;
+        let set = inode_flags(&file)?;
+        equal("the flags that were set", flags, set & flags)?;
+        files.push((file, reader, set));
+    }
+    checkpoint.wait()?;
+    for (file, reader, before) in &mut files {
+        equal("the flags", *before, inode_flags(file)?)?;
+        equal("the content", "content".into(), read_text(reader)?)?;
+        let wrote = file.write(b"more").map_err(|error| error.raw_os_error());
+        let expected = if *before & FS_IMMUTABLE_FL != 0 { Err(Some(libc::EPERM)) } else { Ok(4) };
+        equal("what a write gives", expected, wrote)?;
+    }
+    Ok(())
 }
 
 /// One deleted file, mapped by two processes and open in one: it stays one file.

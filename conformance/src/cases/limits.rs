@@ -7,6 +7,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("limits/all", &["limits"], all),
         Case::new("limits/below-what-is-used", &["limits", "descriptors"], below_what_is_used),
+        Case::new("limits/no-room", &["limits", "memory"], no_room).refused_at_dump("RLIMIT_AS"),
     ]
 }
 
@@ -74,4 +75,13 @@ fn below_what_is_used(checkpoint: &Checkpoint) -> Result<(), String> {
         unsafe { libc::mmap(std::ptr::null_mut(), 1 << 30, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) };
     that("no memory above the limit can be had", mapped == libc::MAP_FAILED)?;
     equal("RLIMIT_SIGPENDING", (0, 0), get(libc::RLIMIT_SIGPENDING)?)
+}
+
+/// As much address space as it may have: there is no room for whoever wants to dump it.
+fn no_room(checkpoint: &Checkpoint) -> Result<(), String> {
+    let (soft, hard) = get(libc::RLIMIT_AS)?;
+    set(libc::RLIMIT_AS, 4096, hard)?;
+    let waited = checkpoint.wait();
+    set(libc::RLIMIT_AS, soft, hard)?;
+    waited
 }

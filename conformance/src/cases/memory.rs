@@ -34,6 +34,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/stack-grows", memory, stack_grows),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
+        Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages),
         Case::new("memory/reservations", memory, reservations),
         Case::new("memory/advice", memory, advice),
         Case::new("memory/locked", memory, locked),
@@ -431,6 +432,130 @@ fn protections(checkpoint: &Checkpoint) -> Result<(), String> {
         pages.expect(page, page as u64 + 20, "under any protection")?;
     }
     Ok(())
+}
+
+const MADV_GUARD_INSTALL: i32 = 102;
+const MADV_GUARD_REMOVE: i32 = 103;
+
+/// What `write` gives that is to read a page: the kernel touches it for us.
+fn touch(pipe: &OwnedFd, page: *const u8) -> Result<isize, i32> {
+    // SAFETY: the kernel looks at the page; where it cannot, it says so.
+    let result = unsafe { libc::write(pipe.as_raw_fd(), page.cast(), 1) };
+    if result < 0 { Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)) } else { Ok(result) }
+}
+
+fn make_memfd(name: &str, pages: usize) -> Result<File, String> {
+    let name = std::ffi::CString::new(name).expect("no NUL");
+    // SAFETY: the name is a C string, and the new descriptor is owned by nobody else.
+    let file = unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(format!("memfd_create: {}", io::Error::last_os_error()));
+        }
+        File::from_raw_fd(fd)
+    };
+    file.set_len((pages * PAGE) as u64).map_err(|error| format!("ftruncate: {error}"))?;
+    Ok(file)
+}
+
+/// Pages that no access may touch (`MADV_GUARD_INSTALL`), in memory of every kind, beside pages with data.
+fn guard_pages(checkpoint: &Checkpoint) -> Result<(), String> {
+    const COUNT: usize = 700;
+    let path = checkpoint.dir().join("guarded");
+    fs::write(&path, vec![b'f'; 8 * PAGE]).map_err(|error| format!("write: {error}"))?;
+    let file = File::options().read(true).write(true).open(&path).map_err(|error| format!("open: {error}"))?;
+    let memfd = make_memfd("guarded", 8)?;
+    let private = Pages::anonymous(COUNT)?;
+    let others = [
+        (Pages::map(8, READ | WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None)?, true),
+        (Pages::map(8, READ | WRITE, libc::MAP_PRIVATE, Some((&file, 0)))?, true),
+        (Pages::map(8, READ | WRITE, libc::MAP_SHARED, Some((&file, 0)))?, true),
+        (Pages::map(8, READ, libc::MAP_PRIVATE, Some((&file, 0)))?, false),
+        (Pages::map(8, READ | WRITE, libc::MAP_SHARED, Some((&memfd, 0)))?, true),
+        (Pages::anonymous(8)?, true),
+    ];
+    let locked = others[5].0;
+    // Single ones and runs, more than a batch holds calls.
+    let guarded = |page: usize| page.is_multiple_of(3) || (600..620).contains(&page);
+    for page in 0..COUNT {
+        if guarded(page) {
+            private.advise(page, 1, MADV_GUARD_INSTALL)?;
+        } else if !page.is_multiple_of(5) {
+            private.fill(page, page as u64);
+        }
+    }
+    for (index, (pages, writable)) in others.into_iter().enumerate() {
+        if writable {
+            pages.fill(1, 1000 + index as u64);
+        }
+        pages.advise(2, 2, MADV_GUARD_INSTALL)?;
+        pages.advise(7, 1, MADV_GUARD_INSTALL)?;
+    }
+    // It says ENOMEM, as it cannot bring in a guard page, and locks nevertheless.
+    // SAFETY: locks pages of this mapping.
+    unsafe { libc::mlock(locked.start.cast(), 8 * PAGE) };
+    let flags = || smaps_flags(locked.address());
+    let before = flags()?;
+    if !before.contains(" lo") {
+        return Err(format!("the subject is wrong: locked memory has {before}"));
+    }
+    // SAFETY: makes two descriptors, which nobody else owns.
+    let pipe = unsafe {
+        let mut ends = [0; 2];
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) < 0 {
+            return Err(format!("pipe2: {}", io::Error::last_os_error()));
+        }
+        (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]))
+    };
+
+    checkpoint.wait()?;
+
+    let expect = |pages: Pages, page: usize, expected: Result<isize, i32>, what: &str| {
+        // SAFETY: an address within the mapping.
+        let found = touch(&pipe.1, unsafe { pages.start.add(page * PAGE) });
+        if found == expected { Ok(()) } else { Err(format!("{what}: touching page {page} gave {found:?}")) }
+    };
+    for page in 0..COUNT {
+        if guarded(page) {
+            expect(private, page, Err(libc::EFAULT), "private memory")?;
+        } else {
+            let seed = if page.is_multiple_of(5) { 0 } else { page as u64 };
+            private.expect(page, seed, "private memory beside guard pages")?;
+        }
+    }
+    for (index, (pages, writable)) in others.into_iter().enumerate() {
+        let what = format!("memory of kind {index}");
+        for page in [2, 3, 7] {
+            expect(pages, page, Err(libc::EFAULT), &what)?;
+        }
+        for page in [0, 1, 4, 5, 6] {
+            expect(pages, page, Ok(1), &what)?;
+        }
+        if writable {
+            let seed = 1000 + index as u64;
+            pages.expect(1, seed, &what)?;
+        }
+    }
+    if flags()? != before {
+        return Err(format!("locked memory had the flags{before}, and has{}", flags()?));
+    }
+    match in_child(|| {
+        private.word(0).load(SeqCst);
+        0
+    })? {
+        WaitStatus::Signaled(_, Signal::SIGSEGV, _) => {}
+        other => return Err(format!("reading a guard page ended the child as {other:?}")),
+    }
+    private.advise(0, 1, MADV_GUARD_REMOVE)?;
+    private.expect(0, 0, "a guard page that was taken away")
+}
+
+/// The `VmFlags` of the mapping at an address.
+fn smaps_flags(address: u64) -> Result<String, String> {
+    let smaps = fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
+    let mapping = smaps.split_once(&format!("{address:08x}-")).ok_or("the mapping is not there")?.1;
+    let flags = mapping.lines().find_map(|line| line.strip_prefix("VmFlags:"));
+    Ok(flags.ok_or("no VmFlags")?.to_string())
 }
 
 fn reservations(checkpoint: &Checkpoint) -> Result<(), String> {

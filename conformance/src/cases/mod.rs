@@ -4,6 +4,7 @@ use crate::case::Case;
 
 mod attributes;
 mod calls;
+mod cgroups;
 mod credentials;
 mod descriptors;
 mod devices;
@@ -17,6 +18,7 @@ mod inotify;
 mod limits;
 mod locks;
 mod memory;
+mod pidfds;
 mod pipes;
 mod programs;
 mod registers;
@@ -34,6 +36,7 @@ pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
         attributes::cases, //
         calls::cases,
+        cgroups::cases,
         credentials::cases,
         descriptors::cases,
         devices::cases,
@@ -47,6 +50,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         locks::cases,
         memory::cases,
+        pidfds::cases,
         pipes::cases,
         programs::cases,
         registers::cases,

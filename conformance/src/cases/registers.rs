@@ -4,27 +4,28 @@ use std::arch::asm;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
 use crate::case::{Case, Checkpoint};
+use crate::expect::{equal, in_child};
 
 pub fn cases() -> Vec<Case> {
     let registers = &["registers"];
-    let mut cases = vec![
+    vec![
         Case::new("registers/general", registers, |checkpoint| held(checkpoint, general)),
         Case::new("registers/flags", registers, |checkpoint| held(checkpoint, flags)),
         Case::new("registers/x87", registers, |checkpoint| held(checkpoint, x87)),
         Case::new("registers/sse", registers, |checkpoint| held(checkpoint, sse)),
         Case::new("registers/bases", registers, |checkpoint| held(checkpoint, bases)),
         Case::new("registers/rseq", registers, rseq),
-    ];
-    if std::is_x86_feature_detected!("avx") {
-        cases.push(Case::new("registers/avx", registers, |checkpoint| held(checkpoint, avx)));
-    }
-    if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw") {
-        cases.push(Case::new("registers/avx512", registers, |checkpoint| held(checkpoint, avx512)));
-    }
-    if has_protection_keys() {
-        cases.push(Case::new("registers/protection-keys", registers, |checkpoint| held(checkpoint, protection_keys)));
-    }
-    cases
+        Case::new("registers/avx", registers, |checkpoint| held(checkpoint, avx))
+            .needs_cpu("AVX", || std::is_x86_feature_detected!("avx")),
+        Case::new("registers/avx512", registers, |checkpoint| held(checkpoint, avx512)).needs_cpu("AVX-512", || {
+            std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw")
+        }),
+        Case::new("registers/protection-keys", registers, |checkpoint| held(checkpoint, protection_keys))
+            .needs_cpu("protection keys", has_protection_keys),
+        Case::new("registers/tiles", &["registers", "attributes"], tiles).needs_cpu("AMX", has_tiles),
+        Case::new("registers/tiles-not-used", &["registers", "attributes", "tasks"], tiles_not_used)
+            .needs_cpu("AMX", has_tiles),
+    ]
 }
 
 /// Runs `hold` on two threads, with a seed and a flag, while the subject is dumped; it holds its registers until the flag is set,
@@ -280,6 +281,124 @@ fn protection_keys(seed: u64, go: &AtomicBool, running: &AtomicU32) -> Result<()
         );
     }
     same("PKRU", &[wanted], &[found])
+}
+
+/// Component 18 of the xsave area: tile data of AMX.
+const TILE_DATA: u32 = 18;
+
+/// AMX, and a kernel that lets programs ask for it (5.16).
+fn has_tiles() -> bool {
+    const ARCH_GET_XCOMP_SUPP: i64 = 0x1021;
+    let mut features = 0_u64;
+    // SAFETY: the kernel writes one word.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &mut features) };
+    result == 0 && features >> TILE_DATA & 1 == 1
+}
+
+fn ask_for_tiles() -> Result<(), String> {
+    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+    // SAFETY: no memory is passed.
+    match unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) } {
+        0 => Ok(()),
+        _ => Err(format!("asking for AMX: {}", std::io::Error::last_os_error())),
+    }
+}
+
+fn may_use_tiles() -> bool {
+    const ARCH_GET_XCOMP_PERM: i64 = 0x1022;
+    let mut features = 0_u64;
+    // SAFETY: the kernel writes one word.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_XCOMP_PERM, &mut features) };
+    features >> TILE_DATA & 1 == 1
+}
+
+/// What `ldtilecfg` loads: eight tiles of `rows` rows of 64 bytes.
+fn tile_configuration(rows: u8) -> [u8; 64] {
+    let mut configuration = [0; 64];
+    configuration[0] = 1;
+    for tile in 0..8 {
+        configuration[16 + 2 * tile] = 64;
+        configuration[48 + tile] = rows;
+    }
+    configuration
+}
+
+/// Two threads have tiles, and one only their configuration; the main thread has used them and let go of them.
+fn tiles(checkpoint: &Checkpoint) -> Result<(), String> {
+    ask_for_tiles()?;
+    let idle = tile_configuration(3);
+    // SAFETY: nothing else in this thread uses tiles.
+    unsafe { asm!("ldtilecfg [{}]", "tilezero tmm1", "tilerelease", in(reg) idle.as_ptr()) };
+    held(checkpoint, hold_tiles)?;
+    // SAFETY: as above.
+    unsafe { asm!("ldtilecfg [{}]", "tilezero tmm1", "tilerelease", in(reg) idle.as_ptr()) };
+    equal("the permission", true, may_use_tiles())
+}
+
+fn hold_tiles(seed: u64, go: &AtomicBool, running: &AtomicU32) -> Result<(), String> {
+    let configuration = tile_configuration(if seed == 3 { 16 } else { 5 });
+    let rows = usize::from(configuration[48]);
+    let expected: [[u8; 1024]; 8] = std::array::from_fn(|tile| bytes(seed * 100 + tile as u64));
+    let mut values = [[0_u8; 1024]; 8];
+    let mut found_configuration = [0_u8; 64];
+    // SAFETY: reads and writes as much as the configuration says, 1024 bytes a tile at most; nothing else in this thread
+    // uses tiles, and the compiler has none.
+    unsafe {
+        asm!(
+            "ldtilecfg [{c}]",
+            "tileloadd tmm0, [{e} + {s}]", "tileloadd tmm1, [{e} + {s} + 1024]",
+            "tileloadd tmm2, [{e} + {s} + 2048]", "tileloadd tmm3, [{e} + {s} + 3072]",
+            "tileloadd tmm4, [{e} + {s} + 4096]", "tileloadd tmm5, [{e} + {s} + 5120]",
+            "tileloadd tmm6, [{e} + {s} + 6144]", "tileloadd tmm7, [{e} + {s} + 7168]",
+            "lock inc dword ptr [{running}]",
+            "2:", "cmp byte ptr [{go}], 0", "je 2b",
+            "tilestored [{v} + {s}], tmm0", "tilestored [{v} + {s} + 1024], tmm1",
+            "tilestored [{v} + {s} + 2048], tmm2", "tilestored [{v} + {s} + 3072], tmm3",
+            "tilestored [{v} + {s} + 4096], tmm4", "tilestored [{v} + {s} + 5120], tmm5",
+            "tilestored [{v} + {s} + 6144], tmm6", "tilestored [{v} + {s} + 7168], tmm7",
+            "sttilecfg [{f}]",
+            "tilerelease",
+            c = in(reg) configuration.as_ptr(), e = in(reg) expected.as_ptr(), v = in(reg) values.as_mut_ptr(),
+            f = in(reg) found_configuration.as_mut_ptr(), s = in(reg) 64_u64,
+            go = in(reg) go.as_ptr(), running = in(reg) running.as_ptr(),
+        );
+    }
+    same("byte of the tile configuration", &configuration, &found_configuration)?;
+    for tile in 0..8 {
+        same(&format!("tile {tile}, byte"), &expected[tile][..rows * 64], &values[tile][..rows * 64])?;
+    }
+    Ok(())
+}
+
+/// Leave to use tiles, which nobody has used yet; a configuration without tiles; and a child from before the leave.
+fn tiles_not_used(checkpoint: &Checkpoint) -> Result<(), String> {
+    let go = checkpoint.clone();
+    let before = in_child(move || {
+        go.wait_for_go()?;
+        equal("the permission of a child that never asked", false, may_use_tiles())
+    })?;
+    ask_for_tiles()?;
+    let go = checkpoint.clone();
+    let after = in_child(move || {
+        go.wait_for_go()?;
+        equal("the permission of a child from after it was asked for", true, may_use_tiles())?;
+        hold_tiles(7, &AtomicBool::new(true), &AtomicU32::new(0))
+    })?;
+    let configuration = tile_configuration(9);
+    let mut found = [0_u8; 64];
+    // SAFETY: nothing else in this thread uses tiles.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) configuration.as_ptr()) };
+    checkpoint.wait()?;
+    // SAFETY: as above; 64 bytes are written.
+    unsafe { asm!("sttilecfg [{}]", "tilerelease", in(reg) found.as_mut_ptr()) };
+    same("byte of the tile configuration", &configuration, &found)?;
+    equal("the permission", true, may_use_tiles())?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| hold_tiles(5, &AtomicBool::new(true), &AtomicU32::new(0)));
+        thread.join().expect("no panic")
+    })?;
+    before.passed()?;
+    after.passed()
 }
 
 /// The kernel goes on writing the number of the CPU to where the C library has registered it, for every thread.

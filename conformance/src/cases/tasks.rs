@@ -19,6 +19,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("tasks/orphans", tasks, orphans),
         Case::new("tasks/sessions-and-groups", tasks, sessions_and_groups),
         Case::new("tasks/zombies", tasks, zombies),
+        Case::new("tasks/zombie-with-core", tasks, zombie_with_core).refused_at_dump("with a core dump"),
         Case::new("tasks/exit-signal", tasks, exit_signal),
         Case::new("tasks/threads", tasks, threads),
         Case::new("tasks/threads-of-children", tasks, threads_of_children),
@@ -200,6 +201,20 @@ fn zombies(checkpoint: &Checkpoint) -> Result<(), String> {
     expect_end(exited, WaitStatus::Exited(exited, 17))?;
     expect_end(killed, WaitStatus::Signaled(killed, Signal::SIGTERM, false))?;
     expect_end(leader, WaitStatus::Exited(leader, 5))
+}
+
+/// A child that dumped core. No restored one could say so of itself: the kernel says it only of those that did.
+fn zombie_with_core(checkpoint: &Checkpoint) -> Result<(), String> {
+    let dumped = child(|| {
+        let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: a limit of ours.
+        unsafe { libc::setrlimit(libc::RLIMIT_CORE, &unlimited) };
+        let _ = raise(Signal::SIGQUIT);
+        1
+    })?;
+    waitid(Id::Pid(dumped), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).map_err(text("waitid"))?;
+    checkpoint.wait()?;
+    expect_end(dumped, WaitStatus::Signaled(dumped, Signal::SIGQUIT, true))
 }
 
 static SIGNALLED: AtomicU32 = AtomicU32::new(0);

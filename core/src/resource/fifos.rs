@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -165,8 +164,7 @@ impl Resource for Fifos {
 
 impl FileResource for Fifos {
     fn claims(seen: &Seen) -> bool {
-        let named = seen.link.as_bytes().starts_with(b"/") || seen.link.as_bytes().starts_with(b"(unreachable)");
-        seen.file_type() == libc::S_IFIFO && named && seen.info.flags & libc::O_PATH == 0
+        seen.file_type() == libc::S_IFIFO && seen.has_path() && seen.info.flags & libc::O_PATH == 0
     }
 
     fn finish(_saved: &Fifo, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {

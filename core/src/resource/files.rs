@@ -4,10 +4,9 @@
 //! name leads to any more is different: its content goes into the image, once for each inode, however many descriptors
 //! and mappings have it ([`DeletedFiles`]).
 
-use std::collections::HashMap;
+mod deleted;
+
 use std::ffi::OsStr;
-use std::fs::File as StdFile;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -16,19 +15,21 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode};
-use nix::sys::statfs::{FsType, statfs};
-use nix::sys::time::TimeSpec;
+use nix::sys::statfs::FsType;
 use nix::unistd::{UnlinkatFlags, linkat};
+
+pub(crate) use deleted::attribute_names;
+pub use deleted::{
+    DeletedFile, DeletedFiles, DeletedId, ExtendedAttribute, check_deleted, guard_deleted, rebuild_deleted,
+};
 
 use crate::args;
 use crate::batch::{Replies, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
-use crate::image::{HostFacts, Image};
-use crate::procfs::ProcDir;
+use crate::image::HostFacts;
 use crate::resource::descriptors::{CollectFile, FileResource, OfFile, RebuildFile, Seen};
 use crate::resource::memfds::Memfds;
 use crate::resource::{Check, Resource};
-use crate::store::{BlobId, ImageReader, ImageWriter};
 
 /// The section name.
 pub const NAME: &str = "files";
@@ -254,7 +255,13 @@ impl Resource for Files {
             Located::Deleted if seen.file_type() == libc::S_IFREG => {
                 let target = &context.targets[seen.process];
                 let added = context.objects.deleted.add(target.proc(), &proc_link, &seen.stat, &seen.link);
-                Place::Deleted { id: added.map_err(|source| context.io_error("cannot be opened to read it", source))? }
+                match added.map_err(|source| context.io_error("cannot be opened to read it", source))? {
+                    Ok(id) => Place::Deleted { id },
+                    Err(why) => {
+                        context.refuse(why, "have the program close it before the dump");
+                        Place::Proc { path: PathBuf::new() }
+                    }
+                }
             }
             Located::Deleted => {
                 let kind = type_name(seen.file_type());
@@ -418,9 +425,10 @@ fn read_stat(replies: &Replies, stat: Slot) -> Opened {
 impl FileResource for Files {
     fn claims(seen: &Seen) -> bool {
         // O_PATH is only a place, whatever is there.
-        let named = seen.link.as_bytes().starts_with(b"/") || seen.link.as_bytes().starts_with(b"(unreachable)");
         let place_only = seen.info.flags & libc::O_PATH != 0;
-        named && !Memfds::claims(seen) && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
+        seen.has_path()
+            && !Memfds::claims(seen)
+            && (place_only || matches!(seen.file_type(), libc::S_IFREG | libc::S_IFDIR))
     }
 
     fn finish(_saved: &File, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
@@ -478,7 +486,7 @@ pub fn locate(link: &OsStr, stat: &FileStat) -> Located {
 }
 
 /// The path before ` (deleted)`.
-fn without_deleted(link: &OsStr) -> Option<&OsStr> {
+pub(crate) fn without_deleted(link: &OsStr) -> Option<&OsStr> {
     link.as_bytes().strip_suffix(b" (deleted)").map(OsStr::from_bytes)
 }
 
@@ -504,178 +512,8 @@ fn stateful_filesystem(magic: FsType) -> Option<&'static str> {
     })
 }
 
-// --- deleted files ---
-
-/// Index of a [`DeletedFile`] in [`Image::deleted_files`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DeletedId(pub u32);
-
-/// A regular file that no name leads to, with all that is kept of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeletedFile {
-    /// Where it was: it is made again in the same directory, on the same file system. While nothing else has its name,
-    /// the links in `/proc` say again that the file of this name was deleted.
-    pub path: PathBuf,
-    /// Permission bits.
-    pub mode: u32,
-    pub uid: u32,
-    pub gid: u32,
-    /// Bytes.
-    pub size: u64,
-    /// Nanoseconds since 1970.
-    pub accessed: i64,
-    pub modified: i64,
-    /// It was opened with `O_TMPFILE`, so that `linkat` may give it a name.
-    pub linkable: bool,
-    pub content: BlobId,
-}
-
-/// The deleted files of a tree, as descriptors and mappings lead to them: one for each inode.
-///
-/// Whoever meets one says so with [`add`](DeletedFiles::add) and saves the [`DeletedId`] it gets. The content is read
-/// when everything else is known to be savable ([`write`](DeletedFiles::write)). On restore, [`rebuild_deleted`] makes
-/// all of them before anything is mapped or opened; they are then in
-/// [`Rebuilt::deleted`](crate::resource::memory::Rebuilt), open for reading and writing: a mapping hands the descriptor
-/// to its target (`fds_in`) and maps it, or what `/proc/self/fd` opens of it with less rights.
-#[derive(Debug, Default)]
-pub struct DeletedFiles {
-    known: HashMap<(u64, u64), DeletedId>,
-    /// Content, facts, former path.
-    found: Vec<(StdFile, FileStat, PathBuf)>,
-}
-
-impl DeletedFiles {
-    /// The id of the deleted file that `link` of a process (`fd/5`, `map_files/5500-5600`) leads to.
-    ///
-    /// `stat` is what the link leads to and `name` is the link's text.
-    ///
-    /// # Errors
-    /// If the file cannot be opened for reading.
-    pub fn add(&mut self, proc: &ProcDir, link: &str, stat: &FileStat, name: &OsStr) -> io::Result<DeletedId> {
-        if let Some(known) = self.known.get(&(stat.st_dev, stat.st_ino)) {
-            return Ok(*known);
-        }
-        // O_NOATIME is for the owner and the privileged.
-        let file = match proc.open_with(link, OFlag::O_RDONLY | OFlag::O_NOATIME) {
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => proc.open_with(link, OFlag::O_RDONLY)?,
-            other => other?,
-        };
-        let path = PathBuf::from(without_deleted(name).unwrap_or(name));
-        let id = DeletedId(self.found.len() as u32);
-        self.found.push((file, *stat, path));
-        self.known.insert((stat.st_dev, stat.st_ino), id);
-        Ok(id)
-    }
-
-    /// Copies the content of all of them into the image.
-    pub fn write(&mut self, store: &mut dyn ImageWriter) -> Result<Vec<DeletedFile>, DumpError> {
-        let mut saved = Vec::with_capacity(self.found.len());
-        for (file, stat, path) in self.found.drain(..) {
-            // How the kernel calls what O_TMPFILE makes.
-            let linkable = path.file_name() == Some(OsStr::new(&format!("#{}", stat.st_ino)));
-            saved.push(DeletedFile {
-                path,
-                mode: stat.st_mode & 0o7777,
-                uid: stat.st_uid,
-                gid: stat.st_gid,
-                size: stat.st_size as u64,
-                accessed: nanoseconds(stat.st_atime, stat.st_atime_nsec),
-                modified: nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
-                linkable,
-                content: store.blob(file.as_fd())?,
-            });
-        }
-        Ok(saved)
-    }
-}
-
-/// Checks that a deleted file can be made again.
-pub fn check_deleted(id: DeletedId, context: &mut Check<'_>) {
-    let Some(deleted) = context.image.deleted_files.get(id.0 as usize) else {
-        return context.refuse("", format!("deleted file {} is not in the image", id.0), USE_ANOTHER_COPY);
-    };
-    let (Some(directory), Some(_), true) =
-        (deleted.path.parent(), deleted.path.file_name(), deleted.path.is_absolute())
-    else {
-        let why = format!("{} is not the full path of a file", deleted.path.display());
-        return context.refuse("", why, USE_ANOTHER_COPY);
-    };
-    let subject = directory.display().to_string();
-    if !directory.is_dir() {
-        context.refuse(subject, "the directory of a deleted file is gone", "make the directory again");
-        return;
-    }
-    let free = statfs(directory).map(|stat| stat.blocks_available().saturating_mul(stat.block_size() as u64));
-    // The saved size may be mostly holes: what does not fit is found when it is written.
-    if free == Ok(0) && deleted.size > 0 {
-        context.refuse(subject, "the file system of a deleted file is full", "make room on it");
-    }
-}
-
-/// Makes the deleted files of an image again: by [`DeletedId`], open for reading and writing.
-pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, RestoreError> {
-    let image: &Image = reader.image();
-    let mut rebuilt = Vec::with_capacity(image.deleted_files.len());
-    for deleted in &image.deleted_files {
-        let error = |source: Errno| RestoreError::Io {
-            what: format!("the deleted file {} could not be made again", deleted.path.display()),
-            source: source.into(),
-        };
-        let directory = deleted.path.parent().unwrap_or(Path::new("/"));
-        let parent = open_directory(directory).map_err(error)?;
-        let mut file = nameless_file(&parent, directory).map_err(error)?;
-        reader.copy_blob(deleted.content, file.as_fd())?;
-        if !deleted.linkable
-            && let Some(name) = deleted.path.file_name()
-        {
-            let named = named_for_a_moment(&parent, name, &file, OFlag::O_RDWR).map_err(error)?;
-            file = named.unwrap_or(file);
-        }
-        finish_deleted(deleted, file.as_fd()).map_err(error)?;
-        rebuilt.push(file);
-    }
-    Ok(rebuilt)
-}
-
-/// Size, owner, mode and times, in the order in which they do not undo each other.
-fn finish_deleted(deleted: &DeletedFile, file: BorrowedFd<'_>) -> nix::Result<()> {
-    let now = nix::sys::stat::fstat(file)?;
-    if now.st_size as u64 != deleted.size {
-        nix::unistd::ftruncate(file, deleted.size as i64)?;
-    }
-    if (now.st_uid, now.st_gid) != (deleted.uid, deleted.gid) {
-        nix::unistd::fchown(file, Some(deleted.uid.into()), Some(deleted.gid.into()))?;
-    }
-    nix::sys::stat::fchmod(file, Mode::from_bits_truncate(deleted.mode))?;
-    let time = |at: i64| TimeSpec::new(at.div_euclid(1_000_000_000), at.rem_euclid(1_000_000_000));
-    nix::sys::stat::futimens(file, &time(deleted.accessed), &time(deleted.modified))
-}
-
 fn open_directory(path: &Path) -> nix::Result<OwnedFd> {
     nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-}
-
-/// A new file without a name that `linkat` may give one: `O_TMPFILE` leaves nothing behind however we end. Where the
-/// file system has no such thing, a new file under a name that nobody has, removed at once.
-fn nameless_file(parent: &OwnedFd, directory: &Path) -> nix::Result<OwnedFd> {
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    match nix::fcntl::open(directory, OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC, mode) {
-        Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL) => {}
-        other => return other,
-    }
-    for attempt in 0.. {
-        let name = format!(".ckpt-{}-{attempt}", std::process::id());
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        match openat(parent, name.as_str(), flags, mode) {
-            Err(Errno::EEXIST) => {}
-            Ok(file) => {
-                nix::unistd::unlinkat(parent, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
-                return Ok(file);
-            }
-            other => return other,
-        }
-    }
-    unreachable!("one of all names is free")
 }
 
 /// Opens a file by a name that it gets for this moment, so that links in `/proc` show that name as deleted. `None` if the
@@ -699,6 +537,8 @@ fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFl
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File as StdFile;
+
     use super::*;
 
     const REGULAR: u32 = libc::S_IFREG;

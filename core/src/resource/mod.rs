@@ -4,6 +4,7 @@
 //! It is written once, in terms of a [`Target`], and never asks which backend it runs under.
 
 pub mod attributes;
+pub mod cgroups;
 pub mod credentials;
 pub mod descriptors;
 pub mod devices;
@@ -18,6 +19,7 @@ pub mod limits;
 pub mod locks;
 pub mod memfds;
 pub mod memory;
+pub mod pidfds;
 pub mod pipes;
 pub mod questions;
 pub mod scheduling;
@@ -85,6 +87,7 @@ pub fn names() -> Vec<&'static str> {
     let mut names = vec![
         attributes::Attributes::NAME,
         attributes::ThreadAttributes::NAME,
+        cgroups::NAME,
         credentials::ThreadCredentials::NAME,
         filesystem::ProcessFilesystem::NAME,
         limits::ResourceLimits::NAME,

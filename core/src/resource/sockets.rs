@@ -107,12 +107,26 @@ struct Known {
     late: bool,
 }
 
-const fn known(level: i32, option: i32, name: &'static str, length: usize) -> Known {
-    Known { level, option, name, length, late: false }
-}
-
-const fn late(option: i32, name: &'static str) -> Known {
-    Known { level: libc::SOL_SOCKET, option, name, length: 4, late: true }
+/// A table of options of one level: a name, its number where `libc` has none, `[bytes]` of its value where these are not 4;
+/// and `late` before what is set when everything else is in place.
+macro_rules! options {
+    ($level:ident; $($rest:tt)*) => { options!(@rows $level [] $($rest)*) };
+    (@rows $level:ident [$($done:expr,)*]) => { &[$($done,)*] };
+    (@rows $level:ident [$($done:expr,)*] late $name:ident $(= $number:literal)?, $($rest:tt)*) => {
+        options!(@rows $level [$($done,)* options!(@row $level $name true 4 $($number)?),] $($rest)*)
+    };
+    (@rows $level:ident [$($done:expr,)*] $name:ident $(= $number:literal)? [$length:literal], $($rest:tt)*) => {
+        options!(@rows $level [$($done,)* options!(@row $level $name false $length $($number)?),] $($rest)*)
+    };
+    (@rows $level:ident [$($done:expr,)*] $name:ident $(= $number:literal)?, $($rest:tt)*) => {
+        options!(@rows $level [$($done,)* options!(@row $level $name false 4 $($number)?),] $($rest)*)
+    };
+    (@row $level:ident $name:ident $late:literal $length:literal) => {
+        Known { level: libc::$level, option: libc::$name, name: stringify!($name), length: $length, late: $late }
+    };
+    (@row $level:ident $name:ident $late:literal $length:literal $number:literal) => {
+        Known { level: libc::$level, option: $number, name: stringify!($name), length: $length, late: $late }
+    };
 }
 
 pub const SO_BUF_LOCK: i32 = 72;
@@ -121,140 +135,42 @@ const SNDBUF_LOCK: u32 = 1;
 const RCVBUF_LOCK: u32 = 2;
 
 /// Options of every socket, in the order they are set in. The buffers stand apart: see [`Buffers`].
-const COMMON: &[Known] = &[
-    known(libc::SOL_SOCKET, libc::SO_DEBUG, "SO_DEBUG", 4),
-    known(libc::SOL_SOCKET, libc::SO_REUSEADDR, "SO_REUSEADDR", 4),
-    known(libc::SOL_SOCKET, libc::SO_REUSEPORT, "SO_REUSEPORT", 4),
-    known(libc::SOL_SOCKET, libc::SO_DONTROUTE, "SO_DONTROUTE", 4),
-    known(libc::SOL_SOCKET, libc::SO_BROADCAST, "SO_BROADCAST", 4),
-    known(libc::SOL_SOCKET, libc::SO_KEEPALIVE, "SO_KEEPALIVE", 4),
-    known(libc::SOL_SOCKET, libc::SO_OOBINLINE, "SO_OOBINLINE", 4),
-    known(libc::SOL_SOCKET, libc::SO_NO_CHECK, "SO_NO_CHECK", 4),
-    known(libc::SOL_SOCKET, libc::SO_PRIORITY, "SO_PRIORITY", 4),
-    known(libc::SOL_SOCKET, libc::SO_LINGER, "SO_LINGER", 8),
-    known(libc::SOL_SOCKET, libc::SO_RCVLOWAT, "SO_RCVLOWAT", 4),
-    known(libc::SOL_SOCKET, libc::SO_RCVTIMEO, "SO_RCVTIMEO", 16),
-    known(libc::SOL_SOCKET, libc::SO_SNDTIMEO, "SO_SNDTIMEO", 16),
-    known(libc::SOL_SOCKET, libc::SO_TIMESTAMP, "SO_TIMESTAMP", 4),
-    known(libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, "SO_TIMESTAMPNS", 4),
-    known(libc::SOL_SOCKET, 63, "SO_TIMESTAMP_NEW", 4),
-    known(libc::SOL_SOCKET, 64, "SO_TIMESTAMPNS_NEW", 4),
-    known(libc::SOL_SOCKET, libc::SO_TIMESTAMPING, "SO_TIMESTAMPING", 8),
-    known(libc::SOL_SOCKET, 65, "SO_TIMESTAMPING_NEW", 8),
-    known(libc::SOL_SOCKET, libc::SO_MARK, "SO_MARK", 4),
-    known(libc::SOL_SOCKET, libc::SO_RXQ_OVFL, "SO_RXQ_OVFL", 4),
-    known(libc::SOL_SOCKET, libc::SO_WIFI_STATUS, "SO_WIFI_STATUS", 4),
-    known(libc::SOL_SOCKET, libc::SO_NOFCS, "SO_NOFCS", 4),
-    known(libc::SOL_SOCKET, libc::SO_SELECT_ERR_QUEUE, "SO_SELECT_ERR_QUEUE", 4),
-    known(libc::SOL_SOCKET, libc::SO_BUSY_POLL, "SO_BUSY_POLL", 4),
-    known(libc::SOL_SOCKET, 69, "SO_PREFER_BUSY_POLL", 4),
-    known(libc::SOL_SOCKET, 70, "SO_BUSY_POLL_BUDGET", 4),
-    known(libc::SOL_SOCKET, 47, "SO_MAX_PACING_RATE", 8),
-    known(libc::SOL_SOCKET, 60, "SO_ZEROCOPY", 4),
-    known(libc::SOL_SOCKET, 61, "SO_TXTIME", 8),
-    known(libc::SOL_SOCKET, 73, "SO_RESERVE_MEM", 4),
-    known(libc::SOL_SOCKET, 74, "SO_TXREHASH", 4),
-    known(libc::SOL_SOCKET, 75, "SO_RCVMARK", 4),
-    known(libc::SOL_SOCKET, 82, "SO_RCVPRIORITY", 4),
-    known(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, "SO_BINDTODEVICE", 16),
-    late(libc::SO_PEEK_OFF, "SO_PEEK_OFF"),
-    late(libc::SO_PASSCRED, "SO_PASSCRED"),
-    late(libc::SO_PASSSEC, "SO_PASSSEC"),
-    late(76, "SO_PASSPIDFD"),
-    late(83, "SO_PASSRIGHTS"),
-];
+const COMMON: &[Known] = options! { SOL_SOCKET;
+    SO_DEBUG, SO_REUSEADDR, SO_REUSEPORT, SO_DONTROUTE, SO_BROADCAST, SO_KEEPALIVE, SO_OOBINLINE, SO_NO_CHECK,
+    SO_PRIORITY, SO_LINGER [8], SO_RCVLOWAT, SO_RCVTIMEO [16], SO_SNDTIMEO [16], SO_TIMESTAMP, SO_TIMESTAMPNS,
+    SO_TIMESTAMP_NEW = 63, SO_TIMESTAMPNS_NEW = 64, SO_TIMESTAMPING [8], SO_TIMESTAMPING_NEW = 65 [8], SO_MARK,
+    SO_RXQ_OVFL, SO_WIFI_STATUS, SO_NOFCS, SO_SELECT_ERR_QUEUE, SO_BUSY_POLL, SO_PREFER_BUSY_POLL = 69,
+    SO_BUSY_POLL_BUDGET = 70, SO_MAX_PACING_RATE = 47 [8], SO_ZEROCOPY = 60, SO_TXTIME = 61 [8],
+    SO_RESERVE_MEM = 73, SO_TXREHASH = 74, SO_RCVMARK = 75, SO_RCVPRIORITY = 82, SO_BINDTODEVICE [16],
+    late SO_PEEK_OFF, late SO_PASSCRED, late SO_PASSSEC, late SO_PASSPIDFD = 76, late SO_PASSRIGHTS = 83,
+};
 
-const IP: &[Known] = &[
-    known(libc::IPPROTO_IP, libc::IP_TOS, "IP_TOS", 4),
-    known(libc::IPPROTO_IP, libc::IP_TTL, "IP_TTL", 4),
-    known(libc::IPPROTO_IP, 4, "IP_OPTIONS", 40),
-    known(libc::IPPROTO_IP, 7, "IP_RETOPTS", 4),
-    known(libc::IPPROTO_IP, libc::IP_PKTINFO, "IP_PKTINFO", 4),
-    known(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, "IP_MTU_DISCOVER", 4),
-    known(libc::IPPROTO_IP, libc::IP_RECVERR, "IP_RECVERR", 4),
-    known(libc::IPPROTO_IP, libc::IP_RECVTTL, "IP_RECVTTL", 4),
-    known(libc::IPPROTO_IP, libc::IP_RECVTOS, "IP_RECVTOS", 4),
-    known(libc::IPPROTO_IP, libc::IP_FREEBIND, "IP_FREEBIND", 4),
-    known(libc::IPPROTO_IP, 18, "IP_PASSSEC", 4),
-    known(libc::IPPROTO_IP, libc::IP_TRANSPARENT, "IP_TRANSPARENT", 4),
-    known(libc::IPPROTO_IP, libc::IP_RECVORIGDSTADDR, "IP_RECVORIGDSTADDR", 4),
-    known(libc::IPPROTO_IP, libc::IP_MINTTL, "IP_MINTTL", 4),
-    known(libc::IPPROTO_IP, 23, "IP_CHECKSUM", 4),
-    known(libc::IPPROTO_IP, 24, "IP_BIND_ADDRESS_NO_PORT", 4),
-    known(libc::IPPROTO_IP, 25, "IP_RECVFRAGSIZE", 4),
-    known(libc::IPPROTO_IP, 26, "IP_RECVERR_RFC4884", 4),
-    known(libc::IPPROTO_IP, libc::IP_MULTICAST_IF, "IP_MULTICAST_IF", 4),
-    known(libc::IPPROTO_IP, libc::IP_MULTICAST_TTL, "IP_MULTICAST_TTL", 4),
-    known(libc::IPPROTO_IP, libc::IP_MULTICAST_LOOP, "IP_MULTICAST_LOOP", 4),
-    known(libc::IPPROTO_IP, 49, "IP_MULTICAST_ALL", 4),
-    known(libc::IPPROTO_IP, 50, "IP_UNICAST_IF", 4),
-    known(libc::IPPROTO_IP, 51, "IP_LOCAL_PORT_RANGE", 4),
-];
+const IP: &[Known] = options! { IPPROTO_IP;
+    IP_TOS, IP_TTL, IP_OPTIONS = 4 [40], IP_RETOPTS = 7, IP_PKTINFO, IP_MTU_DISCOVER, IP_RECVERR, IP_RECVTTL,
+    IP_RECVTOS, IP_FREEBIND, IP_PASSSEC = 18, IP_TRANSPARENT, IP_RECVORIGDSTADDR, IP_MINTTL, IP_CHECKSUM = 23,
+    IP_BIND_ADDRESS_NO_PORT = 24, IP_RECVFRAGSIZE = 25, IP_RECVERR_RFC4884 = 26, IP_MULTICAST_IF,
+    IP_MULTICAST_TTL, IP_MULTICAST_LOOP, IP_MULTICAST_ALL = 49, IP_UNICAST_IF = 50, IP_LOCAL_PORT_RANGE = 51,
+};
 
-const IPV6: &[Known] = &[
-    known(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, "IPV6_V6ONLY", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, "IPV6_UNICAST_HOPS", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_IF, "IPV6_MULTICAST_IF", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_HOPS, "IPV6_MULTICAST_HOPS", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP, "IPV6_MULTICAST_LOOP", 4),
-    known(libc::IPPROTO_IPV6, 29, "IPV6_MULTICAST_ALL", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, "IPV6_MTU_DISCOVER", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVERR, "IPV6_RECVERR", 4),
-    known(libc::IPPROTO_IPV6, 31, "IPV6_RECVERR_RFC4884", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, "IPV6_RECVPKTINFO", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT, "IPV6_RECVHOPLIMIT", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVHOPOPTS, "IPV6_RECVHOPOPTS", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVRTHDR, "IPV6_RECVRTHDR", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVDSTOPTS, "IPV6_RECVDSTOPTS", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVPATHMTU, "IPV6_RECVPATHMTU", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, "IPV6_DONTFRAG", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, "IPV6_RECVTCLASS", 4),
-    known(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, "IPV6_TCLASS", 4),
-    known(libc::IPPROTO_IPV6, 33, "IPV6_FLOWINFO_SEND", 4),
-    known(libc::IPPROTO_IPV6, 11, "IPV6_FLOWINFO", 4),
-    known(libc::IPPROTO_IPV6, 70, "IPV6_AUTOFLOWLABEL", 4),
-    known(libc::IPPROTO_IPV6, 72, "IPV6_ADDR_PREFERENCES", 4),
-    known(libc::IPPROTO_IPV6, 73, "IPV6_MINHOPCOUNT", 4),
-    known(libc::IPPROTO_IPV6, 74, "IPV6_RECVORIGDSTADDR", 4),
-    known(libc::IPPROTO_IPV6, 75, "IPV6_TRANSPARENT", 4),
-    known(libc::IPPROTO_IPV6, 76, "IPV6_UNICAST_IF", 4),
-    known(libc::IPPROTO_IPV6, 77, "IPV6_RECVFRAGSIZE", 4),
-    known(libc::IPPROTO_IPV6, 78, "IPV6_FREEBIND", 4),
-];
+const IPV6: &[Known] = options! { IPPROTO_IPV6;
+    IPV6_V6ONLY, IPV6_UNICAST_HOPS, IPV6_MULTICAST_IF, IPV6_MULTICAST_HOPS, IPV6_MULTICAST_LOOP,
+    IPV6_MULTICAST_ALL = 29, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_RECVERR_RFC4884 = 31, IPV6_RECVPKTINFO,
+    IPV6_RECVHOPLIMIT, IPV6_RECVHOPOPTS, IPV6_RECVRTHDR, IPV6_RECVDSTOPTS, IPV6_RECVPATHMTU, IPV6_DONTFRAG,
+    IPV6_RECVTCLASS, IPV6_TCLASS, IPV6_FLOWINFO_SEND = 33, IPV6_FLOWINFO = 11, IPV6_AUTOFLOWLABEL = 70,
+    IPV6_ADDR_PREFERENCES = 72, IPV6_MINHOPCOUNT = 73, IPV6_RECVORIGDSTADDR = 74, IPV6_TRANSPARENT = 75,
+    IPV6_UNICAST_IF = 76, IPV6_RECVFRAGSIZE = 77, IPV6_FREEBIND = 78,
+};
 
-const TCP: &[Known] = &[
-    known(libc::IPPROTO_TCP, libc::TCP_NODELAY, "TCP_NODELAY", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_MAXSEG, "TCP_MAXSEG", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_CORK, "TCP_CORK", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, "TCP_KEEPIDLE", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, "TCP_KEEPINTVL", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_KEEPCNT, "TCP_KEEPCNT", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_SYNCNT, "TCP_SYNCNT", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_LINGER2, "TCP_LINGER2", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, "TCP_DEFER_ACCEPT", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, "TCP_WINDOW_CLAMP", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_CONGESTION, "TCP_CONGESTION", 16),
-    known(libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS, "TCP_THIN_LINEAR_TIMEOUTS", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, "TCP_USER_TIMEOUT", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_FASTOPEN, "TCP_FASTOPEN", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, "TCP_NOTSENT_LOWAT", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_SAVE_SYN, "TCP_SAVE_SYN", 4),
-    known(libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, "TCP_FASTOPEN_CONNECT", 4),
-    known(libc::IPPROTO_TCP, 34, "TCP_FASTOPEN_NO_COOKIE", 4),
-    known(libc::IPPROTO_TCP, 36, "TCP_INQ", 4),
-    known(libc::IPPROTO_TCP, 37, "TCP_TX_DELAY", 4),
-    known(libc::IPPROTO_TCP, 44, "TCP_RTO_MAX_MS", 4),
-    known(libc::IPPROTO_TCP, 45, "TCP_RTO_MIN_US", 4),
-    known(libc::IPPROTO_TCP, 46, "TCP_DELACK_MAX_US", 4),
-];
+const TCP: &[Known] = options! { IPPROTO_TCP;
+    TCP_NODELAY, TCP_MAXSEG, TCP_CORK, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_SYNCNT, TCP_LINGER2,
+    TCP_DEFER_ACCEPT, TCP_WINDOW_CLAMP, TCP_CONGESTION [16], TCP_THIN_LINEAR_TIMEOUTS, TCP_USER_TIMEOUT,
+    TCP_FASTOPEN, TCP_NOTSENT_LOWAT, TCP_SAVE_SYN, TCP_FASTOPEN_CONNECT, TCP_FASTOPEN_NO_COOKIE = 34,
+    TCP_INQ = 36, TCP_TX_DELAY = 37, TCP_RTO_MAX_MS = 44, TCP_RTO_MIN_US = 45, TCP_DELACK_MAX_US = 46,
+};
 
-const UDP: &[Known] = &[
-    known(libc::IPPROTO_UDP, 1, "UDP_CORK", 4),
-    known(libc::IPPROTO_UDP, 101, "UDP_NO_CHECK6_TX", 4),
-    known(libc::IPPROTO_UDP, 102, "UDP_NO_CHECK6_RX", 4),
-    known(libc::IPPROTO_UDP, 103, "UDP_SEGMENT", 4),
-    known(libc::IPPROTO_UDP, 104, "UDP_GRO", 4),
-];
+const UDP: &[Known] = options! { IPPROTO_UDP;
+    UDP_CORK = 1, UDP_NO_CHECK6_TX = 101, UDP_NO_CHECK6_RX = 102, UDP_SEGMENT = 103, UDP_GRO = 104,
+};
 
 /// Set after everything, as it forbids changes of the filter.
 const LOCK_FILTER: Known =

@@ -28,6 +28,16 @@ pub fn examine(
     refusals: &mut Vec<Refusal>,
 ) -> Result<(), DumpError> {
     examine_sessions(processes, zombies, options, refusals);
+    for zombie in zombies {
+        // The kernel sets the flag itself, for those that wrote a core file.
+        if libc::WIFSIGNALED(zombie.status) && libc::WCOREDUMP(zombie.status) {
+            let why = format!(
+                "it was ended by signal {} with a core dump, and its status could not say so again",
+                libc::WTERMSIG(zombie.status)
+            );
+            refusals.push(refusal(zombie.task.pid, "", why, "have its parent wait for it"));
+        }
+    }
     for target in targets {
         examine_namespaces(&**target, refusals)?;
     }

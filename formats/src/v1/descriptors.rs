@@ -1,7 +1,7 @@
 //! Descriptor tables and open file descriptions.
 
 use crate::v1::{
-    devices, epoll, eventfd, fifos, files, inet_sockets, inotify, memfds, pipes, signalfd, terminals, timerfd,
+    devices, epoll, eventfd, fifos, files, inet_sockets, inotify, memfds, pidfds, pipes, signalfd, terminals, timerfd,
     unix_sockets,
 };
 use crate::wire::{wire_enum, wire_struct};
@@ -49,6 +49,7 @@ wire_enum! {
         Eventfd(eventfd::EventfdV1),
         InetSocket(inet_sockets::InetSocketV1),
         Inotify(inotify::InotifyV1),
+        Pidfd(pidfds::PidfdV1),
         Signalfd(signalfd::SignalfdV1),
         Timerfd(timerfd::TimerfdV1),
         UnixSocket(unix_sockets::UnixSocketV1),

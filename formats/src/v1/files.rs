@@ -27,7 +27,16 @@ wire_struct! {
         accessed: i64,
         modified: i64,
         linkable: bool,
+        extended_attributes: Vec<ExtendedAttributeV1>,
+        inode_flags: u32,
         content: u32,
+    }
+}
+
+wire_struct! {
+    pub struct ExtendedAttributeV1 for ckpt_core::resource::files::ExtendedAttribute {
+        name: Bytes,
+        value: Bytes,
     }
 }
 

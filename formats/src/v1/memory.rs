@@ -1,5 +1,6 @@
 //! Address spaces and shared memory objects. The pages themselves are in `pages.bin`.
 
+use ckpt_core::PageRun;
 use ckpt_core::resource::memory::Pages;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,7 @@ wire_struct! {
         auxv: Bytes,
         exe: Bytes,
         exe_identity: IdentityV1,
+        exe_deleted: Option<u32>,
         lock_future: LockFutureV1,
     }
 }
@@ -52,8 +54,27 @@ wire_struct! {
         anonymous_name: Option<Bytes>,
         protection_key: u32,
         pages: Vec<PagesV1>,
+        guards: Vec<GuardsV1>,
     }
 }
+
+/// `[start, pages]`: a run of guard pages.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuardsV1(pub u64, pub u64);
+
+impl Wire<PageRun> for GuardsV1 {
+    fn from_live(live: &PageRun) -> GuardsV1 {
+        GuardsV1(live.start, live.pages)
+    }
+    fn into_live(self, _bounds: &Bounds) -> Result<PageRun, Invalid> {
+        Ok(PageRun { start: self.0, pages: self.1 })
+    }
+    fn any(entropy: &mut Entropy<'_>) -> PageRun {
+        PageRun { start: entropy.number(), pages: entropy.number() }
+    }
+}
+
+impl Item for GuardsV1 {}
 
 /// `[start, first, pages]`: an array, as there may be a million of them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

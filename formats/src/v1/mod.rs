@@ -15,6 +15,7 @@
 //! After the release of v1 these files do not change: what is new makes a `v2`.
 
 pub mod attributes;
+pub mod cgroups;
 pub mod credentials;
 pub mod descriptors;
 pub mod devices;
@@ -30,6 +31,7 @@ pub mod limits;
 pub mod locks;
 pub mod memfds;
 pub mod memory;
+pub mod pidfds;
 pub mod pipes;
 pub mod registers;
 pub mod scheduling;

@@ -7,6 +7,7 @@ wire_struct! {
         registers: RegistersV1,
         blocked: u64,
         rseq: Option<RseqV1>,
+        timeout_left: Option<u64>,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Processes, threads and zombies.
 
 use crate::v1::{
-    attributes, credentials, descriptors, filesystem, limits, memory, registers, scheduling, signals, timers,
+    attributes, cgroups, credentials, descriptors, filesystem, limits, memory, registers, scheduling, signals, timers,
 };
 use crate::wire::{Bytes, wire_struct};
 
@@ -34,6 +34,7 @@ wire_struct! {
         timers: timers::TimersV1,
         limits: limits::LimitsV1,
         attributes: attributes::ProcessV1,
+        cgroups: cgroups::CgroupsV1,
         threads: Vec<ThreadV1>,
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use ckpt_core::resource::descriptors::OpenFile;
 use ckpt_core::resource::memory::{ObjectKind, Pages, Source};
 use ckpt_core::store::{ImageWriter, PageExtent};
-use ckpt_core::{Image, PAGE_SIZE, Pid, StoreError};
+use ckpt_core::{Image, PAGE_SIZE, PageRun, Pid, StoreError};
 use ckpt_formats::v1::ImageV1;
 use ckpt_formats::v1::descriptors::OpenFileV1;
 use ckpt_formats::v1::files::DeletedFileV1;
@@ -109,6 +109,9 @@ fn put_in_order(image: &mut Image) {
             let pages = lay_out(&mut mapping.pages, address);
             mapping.end = mapping.start + (pages + 1) * PAGE_SIZE;
             address = mapping.end;
+            // In the page that no run of pages has.
+            mapping.guards.truncate(1);
+            mapping.guards.iter_mut().for_each(|run| *run = PageRun { start: mapping.start, pages: 1 });
             mapping.protection &= 7;
             mapping.protection_key &= 15;
             mapping.flags.iter_mut().flatten().for_each(|letter| *letter = b'a' + *letter % 26);

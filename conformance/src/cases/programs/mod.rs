@@ -14,6 +14,11 @@ const RESOURCES: &[&str] = &["files", "memory", "pipes", "registers", "signals",
 pub fn cases() -> Vec<Case> {
     vec![
         Case::program("programs/bash", RESOURCES, script(bash, &[("/bin/bash", "bash"), ("/usr/bin/awk", "mawk")])),
+        Case::program(
+            "programs/deleted-executable",
+            &["fifos", "files", "memory", "tasks"],
+            script(deleted_executable, &[("/bin/bash", "bash"), ("/usr/bin/cmp", "diffutils")]),
+        ),
         Case::program("programs/perl", RESOURCES, script(perl, &[("/usr/bin/perl", "perl")])),
         Case::program(
             "programs/python",
@@ -39,6 +44,13 @@ fn script(command: fn(&Path) -> Command, needs: &'static [(&'static str, &'stati
 fn bash(_dir: &Path) -> Command {
     let mut command = Command::new("/bin/bash");
     command.args(["-c", include_str!("pipeline.bash"), "pipeline.bash"]);
+    command
+}
+
+/// A program whose file was removed while it runs, as an upgrade does it.
+fn deleted_executable(_dir: &Path) -> Command {
+    let mut command = Command::new("/bin/bash");
+    command.args(["-c", "cp /bin/bash shell && exec ./shell -c \"$0\"", include_str!("deleted_executable.bash")]);
     command
 }
 

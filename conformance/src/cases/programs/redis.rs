@@ -57,6 +57,8 @@ fn before_dump(dir: &Path, round: usize) -> Result<(), String> {
     while begin.elapsed() < DEADLINE {
         no_connections(dir)?;
         if let Some(child) = saving_child() {
+            // Before it has its file, it still sets itself up.
+            wait_for("the child's file", || has_file(child) || saving_child() != Some(child))?;
             if connections(child) == 0 {
                 // Before that it still changes what is to be compared: its title, its actions, its descriptors.
                 wait_for("the child to write", || is_writing(child) || saving_child() != Some(child))?;
@@ -157,6 +159,12 @@ fn is_writing(child: i32) -> bool {
 
 fn saving_child() -> Option<i32> {
     processes().into_iter().find(|(_, parent)| *parent != 1).map(|(pid, _)| pid)
+}
+
+/// Whether the saving child writes to its file.
+fn has_file(child: i32) -> bool {
+    let links = fs::read_dir(format!("/proc/{child}/fd")).into_iter().flatten().flatten();
+    links.filter_map(|link| fs::read_link(link.path()).ok()).any(|file| file.to_string_lossy().contains("/temp-"))
 }
 
 /// Sockets of a process that are connections: connected ones, over TCP or unix, are in these tables by their inode.

@@ -10,8 +10,8 @@ use std::sync::mpsc::{self, Receiver};
 use crate::error::DumpError;
 use crate::procfs;
 use crate::resource::Collect;
-use crate::resource::files::{Identity, Located, locate};
-use crate::resource::memory::objects::Known;
+use crate::resource::files::{DeletedId, Identity, Located, locate, without_deleted};
+use crate::resource::memory::objects::{Known, memfd_name};
 use crate::resource::memory::{Layout, LockFuture, Mapping, Memory, Objects, Source};
 use crate::target::Target;
 
@@ -117,8 +117,8 @@ pub fn collect(context: &mut Collect<'_>, looks: &mut Looks, objects: &mut Objec
         }
         mappings.extend(collect_mapping(context, objects, found)?);
     }
-    let (exe, exe_identity) = collect_exe(context)?;
-    Ok(Memory { mappings, layout, auxv, exe, exe_identity, lock_future })
+    let (exe, exe_identity, exe_deleted) = collect_exe(context, objects)?;
+    Ok(Memory { mappings, layout, auxv, exe, exe_identity, exe_deleted, lock_future })
 }
 
 fn subject(found: &procfs::Mapping) -> String {
@@ -184,6 +184,7 @@ fn collect_mapping(
         anonymous_name,
         protection_key: 0,
         pages: Vec::new(),
+        guards: Vec::new(),
     }))
 }
 
@@ -238,7 +239,11 @@ fn file_source(
             }
         },
         Located::Deleted => match objects.deleted.add(context.target.proc(), &path, stat, link) {
-            Ok(id) => Ok(Some(Source::Deleted { id, offset, writable })),
+            Ok(Ok(id)) => Ok(Some(Source::Deleted { id, offset, writable })),
+            Ok(Err(why)) => {
+                context.refuse(subject(found), why, "have the program unmap it");
+                Ok(None)
+            }
             Err(error) => Err(context.io_error(&path, error)),
         },
         Located::Elsewhere(why) => {
@@ -248,20 +253,31 @@ fn file_source(
     }
 }
 
-fn collect_exe(context: &mut Collect<'_>) -> Result<(PathBuf, Identity), DumpError> {
+/// The program's own file: path, identity, and its id where it was deleted.
+fn collect_exe(
+    context: &mut Collect<'_>,
+    objects: &mut Objects,
+) -> Result<(PathBuf, Identity, Option<DeletedId>), DumpError> {
     let proc = context.target.proc();
     let looked = proc.link("exe").and_then(|link| Ok((link, proc.stat("exe")?)));
     let (link, stat) = looked.map_err(|error| context.io_error("exe", error))?;
-    match locate(&link, &stat) {
-        Located::Path(path) => Ok((path, Identity::of(&stat))),
+    let (mut path, identity, mut deleted) = (PathBuf::from(&link), Identity::of(&stat), None);
+    let refusal = match locate(&link, &stat) {
+        _ if memfd_name(&link).is_some() => Some("a program that was started from a memfd is not supported".into()),
+        Located::Path(found) => {
+            path = found;
+            None
+        }
         Located::Deleted => {
-            let why = "the program's own file was deleted or replaced since it started";
-            context.refuse(format!("executable {}", link.display()), why, "restart the program from its new file");
-            Ok((PathBuf::from(link), Identity::of(&stat)))
+            let added =
+                objects.deleted.add(proc, "exe", &stat, &link).map_err(|error| context.io_error("exe", error))?;
+            path = PathBuf::from(without_deleted(&link).unwrap_or(&link));
+            added.map(|id| deleted = Some(id)).err()
         }
-        Located::Elsewhere(why) => {
-            context.refuse(format!("executable {}", link.display()), why, "");
-            Ok((PathBuf::from(link), Identity::of(&stat)))
-        }
+        Located::Elsewhere(why) => Some(why),
+    };
+    if let Some(why) = refusal {
+        context.refuse(format!("executable {}", link.display()), why, "restart the program from a file");
     }
+    Ok((path, identity, deleted))
 }

@@ -16,14 +16,14 @@ pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::write_pages;
-pub use rebuild::{check, finish, map_all, rebuild_objects};
+pub use rebuild::{check, deleted_executables, finish, map_all, rebuild_objects};
 
 use std::path::PathBuf;
 
 use crate::image::Image;
 use crate::resource::files::{DeletedId, Identity};
 use crate::store::PageExtent;
-use crate::target::PAGE_SIZE;
+use crate::target::{PAGE_SIZE, PageRun};
 
 /// The section name.
 pub const NAME: &str = "memory";
@@ -40,9 +40,11 @@ pub struct Memory {
     pub layout: Layout,
     /// `/proc/PID/auxv`.
     pub auxv: Vec<u8>,
-    /// What `/proc/PID/exe` leads to.
+    /// What `/proc/PID/exe` leads to; where that was deleted, its former path.
     pub exe: PathBuf,
     pub exe_identity: Identity,
+    /// It was deleted or replaced since the program started.
+    pub exe_deleted: Option<DeletedId>,
     /// `mlockall(MCL_FUTURE)`: what is mapped from now on is locked.
     pub lock_future: LockFuture,
 }
@@ -91,6 +93,8 @@ pub struct Mapping {
     pub protection_key: u32,
     /// Pages whose content is in the image; of the others, the content is what the source gives.
     pub pages: Vec<Pages>,
+    /// Pages that no access may touch, made with `MADV_GUARD_INSTALL`; sorted.
+    pub guards: Vec<PageRun>,
 }
 
 /// A run of saved pages.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, fchown};
 
@@ -21,7 +21,7 @@ use crate::args;
 use crate::batch::{Batch, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::progress::Meter;
-use crate::resource::files::{DeletedFiles, Located};
+use crate::resource::files::{DeletedFiles, Located, attribute_names};
 use crate::resource::memory::{NAME, Object, ObjectId, ObjectKind, Pages};
 use crate::store::{ImageReader, ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
@@ -83,6 +83,9 @@ impl Objects {
             None => ObjectKind::Anonymous,
             Some(_) if stat.st_blksize as u64 > PAGE_SIZE => {
                 return Ok(Err("huge-page memory (hugetlb) is not supported".into()));
+            }
+            Some(_) if !attribute_names(content.as_fd())?.is_empty() => {
+                return Ok(Err("a memfd with extended attributes is not supported".into()));
             }
             Some(name) => {
                 let seals = fcntl(&content, FcntlArg::F_GET_SEALS)? as u32;

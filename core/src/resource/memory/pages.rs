@@ -12,9 +12,9 @@ use crate::error::DumpError;
 use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::{Buffer, checksums, write_direct};
-use crate::resource::memory::{Memory, NAME, Pages, Source};
+use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source};
 use crate::store::{ImageWriter, PageExtent};
-use crate::target::{PAGE_SIZE, PageRun, RemotePtr, Rseq, Target, TargetError};
+use crate::target::{PAGE_SIZE, PageRun, PrivatePages, RemotePtr, Rseq, Target, TargetError};
 
 /// Pages that one batch writes: the medium begins with them when they are there, while the next are copied.
 const WRITE_PAGES: u64 = 1024;
@@ -107,6 +107,9 @@ fn write_all(
         writings.push(Writing { loads: loads(by_target.into_iter(), WRITE_PAGES).into(), running: None });
         writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
         by_us.push(pages.by_us);
+        for (mapping, run) in pages.guards {
+            process.memory.mappings[mapping].guards.push(run);
+        }
     }
     // Behind all others, and so beside each other.
     let mut copies = Vec::new();
@@ -141,14 +144,15 @@ struct Found {
     /// What is copied by us: memory that its owner may not read; and the pages that the kernel writes to while the owner
     /// runs our calls, which would not be the same in the checksum and on the disk (the processor's number of `rseq`).
     by_us: Vec<(usize, PageRun)>,
+    guards: Vec<(usize, PageRun)>,
 }
 
 fn find_pages(target: &mut dyn Target, process: &Process) -> Result<Found, DumpError> {
     let pid = target.pid();
     let mappings = &process.memory.mappings;
     let end = mappings.last().map_or(0, |mapping| mapping.end);
-    let runs = target.private_pages(0, end);
-    let runs = runs.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
+    let pages = target.private_pages(0, end);
+    let PrivatePages { data, guards } = pages.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
     // A program that may not write a file as large as the image leaves all to us.
     let limited = process.limits.limits[libc::RLIMIT_FSIZE as usize].soft != u64::MAX;
     let rseqs = process.threads.iter().filter_map(|thread| thread.context.rseq);
@@ -159,7 +163,31 @@ fn find_pages(target: &mut dyn Target, process: &Process) -> Result<Found, DumpE
     let mut changing: Vec<u64> = rseqs.flat_map(pages).collect();
     changing.sort_unstable();
     changing.dedup();
-    let mut found = Found::default();
+    let mut found = Found { guards: cut(&guards, mappings), ..Found::default() };
+    for (index, run) in cut(&data, mappings) {
+        let mapping = &mappings[index];
+        if mapping.shared || matches!(mapping.source, Source::Vdso | Source::Vvar) {
+            continue;
+        }
+        let mut at = run.start;
+        while at < run.end() {
+            let next = changing[changing.partition_point(|&page| page < at)..].first().copied();
+            let end = match next {
+                Some(page) if page == at => at + PAGE_SIZE,
+                next => next.map_or(run.end(), |page| page.min(run.end())),
+            };
+            let ours = limited || mapping.protection & libc::PROT_READ == 0 || next == Some(at);
+            let pieces = if ours { &mut found.by_us } else { &mut found.by_target };
+            pieces.push((index, PageRun { start: at, pages: (end - at) / PAGE_SIZE }));
+            at = end;
+        }
+    }
+    Ok(found)
+}
+
+/// Cuts runs where mappings begin and end: (index of the mapping, run). Both are sorted.
+fn cut(runs: &[PageRun], mappings: &[Mapping]) -> Vec<(usize, PageRun)> {
+    let mut pieces = Vec::with_capacity(runs.len());
     let mut index = 0;
     for run in runs {
         let mut at = run.start;
@@ -167,29 +195,15 @@ fn find_pages(target: &mut dyn Target, process: &Process) -> Result<Found, DumpE
             while index < mappings.len() && mappings[index].end <= at {
                 index += 1;
             }
-            let Some(mapping) = mappings.get(index) else { break };
-            let stop = run.end().min(mapping.end);
-            at = at.max(mapping.start);
-            let private = !mapping.shared && !matches!(mapping.source, Source::Vdso | Source::Vvar);
-            while private && at < stop {
-                let next = changing[changing.partition_point(|&page| page < at)..].first().copied();
-                let piece = |end: u64| (index, PageRun { start: at, pages: (end - at) / PAGE_SIZE });
-                let end = match next {
-                    Some(page) if page == at => at + PAGE_SIZE,
-                    next => next.map_or(stop, |page| page.min(stop)),
-                };
-                let ours = limited || mapping.protection & libc::PROT_READ == 0 || next == Some(at);
-                if ours {
-                    found.by_us.push(piece(end))
-                } else {
-                    found.by_target.push(piece(end))
-                }
-                at = end;
+            let Some(mapping) = mappings.get(index) else { return pieces };
+            let (start, end) = (at.max(mapping.start), run.end().min(mapping.end));
+            if start < end {
+                pieces.push((index, PageRun { start, pages: (end - start) / PAGE_SIZE }));
             }
-            at = at.max(stop);
+            at = start.max(end);
         }
     }
-    Ok(found)
+    pieces
 }
 
 /// Gives runs of pages their places in the page file, one after the other.

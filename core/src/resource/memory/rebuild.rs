@@ -5,16 +5,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 use crate::args;
 use crate::batch::{Arg, Batch, Slot, Sysno};
 use crate::crew;
 use crate::error::RestoreError;
+use crate::host::kernel_is_at_least;
+use crate::image::Image;
 use crate::resource::Check;
-use crate::resource::files::{Expect, Identity};
+use crate::resource::files::{DeletedId, Expect, Identity, check_deleted, reopen};
 use crate::resource::memory::objects::{self, Rebuilt};
 use crate::resource::memory::{LockFuture, Mapping, Memory, NAME, Source};
 use crate::store::ImageReader;
-use crate::target::{RemoteFd, Target, TargetError};
+use crate::target::{PAGE_SIZE, RemoteFd, Target, TargetError};
 
 /// Whether every file is as it was, and the kernel's own mappings are this kernel's.
 pub fn check(memory: &Memory, context: &mut Check<'_>) {
@@ -24,7 +28,14 @@ pub fn check(memory: &Memory, context: &mut Check<'_>) {
             files.insert(path, *identity);
         }
     }
-    files.insert(&memory.exe, memory.exe_identity);
+    if memory.mappings.iter().any(|mapping| !mapping.guards.is_empty()) && !kernel_is_at_least(6, 13) {
+        let why = "it has guard pages (MADV_GUARD_INSTALL), which this kernel does not have";
+        context.refuse("", why, "restore it under Linux 6.13 or later");
+    }
+    match memory.exe_deleted {
+        None => _ = files.insert(&memory.exe, memory.exe_identity),
+        Some(id) => check_deleted(id, context),
+    }
     let mut files: Vec<_> = files.into_iter().collect();
     files.sort_unstable_by_key(|(path, _)| *path);
     for (path, identity) in files {
@@ -224,12 +235,38 @@ fn map_flags(mapping: &Mapping) -> i32 {
     flags
 }
 
+/// The executables of an image that were deleted, opened for reading: the kernel takes none that is open for writing, and
+/// those in [`Rebuilt`] are.
+pub fn deleted_executables(image: &Image, rebuilt: &Rebuilt) -> Result<HashMap<DeletedId, OwnedFd>, RestoreError> {
+    let ids = image.processes.iter().filter_map(|process| process.memory.exe_deleted);
+    let open = |id: DeletedId| {
+        let file = reopen(rebuilt.deleted[id.0 as usize].as_fd(), libc::O_RDONLY | libc::O_CLOEXEC, 0);
+        let failed = |source: Errno| RestoreError::Io {
+            what: "a deleted executable could not be opened again".into(),
+            source: source.into(),
+        };
+        Ok((id, file.map_err(failed)?))
+    };
+    ids.map(open).collect()
+}
+
 /// Final protections, advice and locks, and the layout.
-pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreError> {
+pub fn finish(
+    target: &mut dyn Target,
+    memory: &Memory,
+    deleted_executables: &HashMap<DeletedId, OwnedFd>,
+) -> Result<(), RestoreError> {
     let pid = target.pid();
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
     let mut batch = Batch::new();
     for mapping in &memory.mappings {
+        // Before mlock, which keeps guard pages from being made.
+        for guard in &mapping.guards {
+            if !batch.has_room(1, 0) {
+                target.run(&std::mem::take(&mut batch)).map_err(failed)?;
+            }
+            batch.call(Sysno::madvise, args![guard.start, guard.pages * PAGE_SIZE, MADV_GUARD_INSTALL]);
+        }
         if !batch.has_room(16, 512) {
             target.run(&std::mem::take(&mut batch)).map_err(failed)?;
         }
@@ -238,13 +275,18 @@ pub fn finish(target: &mut dyn Target, memory: &Memory) -> Result<(), RestoreErr
     if !batch.has_room(4, 4096 + 256) {
         target.run(&std::mem::take(&mut batch)).map_err(failed)?;
     }
-    let exe = batch.string(memory.exe.as_os_str().as_bytes());
-    let exe_fd = batch.call(Sysno::openat, args![libc::AT_FDCWD, exe, libc::O_RDONLY | libc::O_CLOEXEC]);
-    let replies = target.run(&batch).map_err(failed)?;
-    let exe_fd = replies.fd(exe_fd);
+    let exe_fd = if let Some(id) = memory.exe_deleted {
+        target.run(&batch).map_err(failed)?;
+        target.fds_in(&[deleted_executables[&id].as_fd()]).map_err(failed)?[0]
+    } else {
+        let exe = batch.string(memory.exe.as_os_str().as_bytes());
+        let exe_fd = batch.call(Sysno::openat, args![libc::AT_FDCWD, exe, libc::O_RDONLY | libc::O_CLOEXEC]);
+        target.run(&batch).map_err(failed)?.fd(exe_fd)
+    };
     // A skeleton begins with ckpt's own link. When that is the one wanted, because the program is a ckpt itself, it
     // must not be set: the kernel refuses to replace one that is mapped, even by itself.
-    let new_exe = if has_exe(target, &memory.exe) { u32::MAX } else { exe_fd.0 as u32 };
+    let is_set = memory.exe_deleted.is_none() && has_exe(target, &memory.exe);
+    let new_exe = if is_set { u32::MAX } else { exe_fd.0 as u32 };
 
     let layout = &memory.layout;
     let mut batch = Batch::new();
@@ -288,6 +330,8 @@ fn has_exe(target: &dyn Target, exe: &Path) -> bool {
 const PR_SET_VMA: i32 = 0x5356_4d41;
 const PR_SET_VMA_ANON_NAME: i32 = 0;
 const MLOCK_ONFAULT: i32 = 1;
+/// Kernel 6.13.
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// What of one mapping is not set by `mmap`.
 fn settle(mapping: &Mapping, batch: &mut Batch) {
@@ -320,7 +364,12 @@ fn settle(mapping: &Mapping, batch: &mut Batch) {
     if mapping.flags.contains(b"lf") {
         batch.call(Sysno::mlock2, args![start, size, MLOCK_ONFAULT]);
     } else if mapping.flags.contains(b"lo") {
-        batch.call(Sysno::mlock, args![start, size]);
+        if mapping.guards.is_empty() {
+            batch.call(Sysno::mlock, args![start, size]);
+        } else {
+            // It locks all, and then finds that it cannot bring in a guard page.
+            batch.try_call(Sysno::mlock, args![start, size]);
+        }
     }
     if mapping.flags.contains(b"sl") {
         const MSEAL: Sysno = Sysno::mseal;
