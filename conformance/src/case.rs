@@ -51,6 +51,9 @@ pub struct Clients {
     pub finish: fn(&Path) -> Result<(), String>,
 }
 
+/// What a case needs of the CPU: its name, and whether it is there.
+pub type CpuFeature = (&'static str, fn() -> bool);
+
 /// One thing to try: a subject, and how it is dumped and restored.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -69,7 +72,7 @@ pub struct Case {
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
     /// What the CPU must have, and whether it has.
-    pub cpu: Option<(&'static str, fn() -> bool)>,
+    pub cpu: Option<CpuFeature>,
     /// What this host must allow; an error says why it does not.
     pub host: Option<fn() -> Result<(), String>>,
 }
