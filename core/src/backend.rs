@@ -77,8 +77,7 @@ pub trait Frozen {
     fn zombies(&self) -> &[Zombie];
     /// All targets, in the order of [`processes`](Frozen::processes).
     fn targets(&mut self) -> &mut [Box<dyn Target>];
-    /// Lets the tree go on. Threads that sleep in a call with a timeout may be let go of only when the thread of ours that
-    /// froze them ends.
+    /// Lets the tree go on.
     fn thaw(self: Box<Self>) -> Result<(), DumpError>;
     /// Leaves every process stopped as by SIGSTOP.
     fn stop(self: Box<Self>) -> Result<(), DumpError>;

@@ -22,7 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::entrance::{self, Entrance, Search};
 use crate::freeze::{self, StoppedProcess};
 use crate::sys;
-use crate::tracee::{Injection, TraceError, Tracee};
+use crate::tracee::{Injection, TraceError, Tracee, resume_all};
 
 /// A frozen process with an agent in it.
 pub struct FrozenTarget {
@@ -480,17 +480,22 @@ impl FrozenTree {
                 first_error.get_or_insert(freeze::dump_error(target.pid(), error));
             }
         }
+        let mut asleep = Vec::new();
         for target in self.each() {
             if let Some(signal) = signal {
                 let _ = sys::pidfd_send_signal(target.process.pidfd().as_fd(), signal);
             }
             for tracee in &target.tracees {
-                match signal {
-                    None => tracee.let_go(&target.process),
-                    Some(_) => _ = sys::detach(tracee.tid, 0),
+                if signal.is_some() {
+                    let _ = sys::detach(tracee.tid, 0);
+                } else if let Some(thread) = tracee.let_go_for_now(&target.process) {
+                    asleep.push(thread);
+                } else {
+                    tracee.let_go(&target.process);
                 }
             }
         }
+        resume_all(asleep);
         self.targets.clear();
         first_error.map_or(Ok(()), Err)
     }

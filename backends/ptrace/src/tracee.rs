@@ -471,24 +471,17 @@ impl Tracee {
             sys::set_general(self.tid, &general)?;
             return Ok(LetGo::Now(0));
         }
-        // A handler would write over what lies below the stack. So to where the kernel looks at it next.
-        sys::resume_to_call(self.tid)?;
-        match sys::wait_soon(self.tid)? {
-            Some(Stop::Call) => {}
-            Some(Stop::Signal(signal)) => return Ok(LetGo::Now(signal)),
-            _ => return Ok(LetGo::Now(0)),
-        }
-        let now = sys::general(self.tid)?;
-        if (now.orig_rax, now.rip) == (self.ready.rax, self.ready.rip + 2)
-            && let Some(general) = rest.write(process, deadline)
-        {
-            let (rax, orig_rax, rcx, r11) = (now.rax, now.orig_rax, now.rcx, now.r11);
-            sys::set_general(self.tid, &General { rax, orig_rax, rip: now.rip, rcx, r11, ..general })?;
-        }
-        // To be let go of here would interrupt the call; once it is asleep, it would as well. The end of a tracer disturbs
-        // nobody.
-        sys::resume(self.tid, 0)?;
-        Ok(LetGo::WithUs)
+        enter_call(self.tid, process, &self.ready, &rest, deadline)
+    }
+
+    /// For a thread whose call is to be let go of by the end of its tracer: that of another thread of ours, as this one may
+    /// have long to live. It is detached here, and [`resume_all`] does the rest.
+    pub fn let_go_for_now(&self, process: &Process) -> Option<Asleep> {
+        let gave_up = restart::interrupted(&self.original) == Interrupted::GaveUp;
+        let deadline = self.deadline.filter(|_| gave_up)?;
+        let Some(Rest::Time(_)) = timeouts::rest(process, &self.ready, deadline) else { return None };
+        let _ = sys::detach(self.tid, 0);
+        Some(Asleep { pid: process.proc.pid(), tid: self.tid, ready: self.ready, deadline })
     }
 
     /// Puts back what it was found with, in a stop by an interrupt.
@@ -500,6 +493,97 @@ impl Tracee {
         self.position = Position::Frozen;
         Ok(())
     }
+}
+
+/// A thread that was let go of into its call, with the whole timeout.
+pub struct Asleep {
+    pid: Pid,
+    tid: Pid,
+    /// Before its call.
+    ready: General,
+    deadline: u64,
+}
+
+/// Gives threads what is left of their timeouts, and ends as their tracer.
+pub fn resume_all(asleep: Vec<Asleep>) {
+    if asleep.is_empty() {
+        return;
+    }
+    let resume = move || {
+        for thread in &asleep {
+            // One that has ended, or is traced by another by now, is left as it is.
+            let _ = thread.resume();
+        }
+    };
+    let _ = std::thread::spawn(resume).join();
+}
+
+impl Asleep {
+    fn resume(&self) -> Result<(), TraceError> {
+        let process = Process::open(self.pid)?;
+        sys::seize(self.tid)?;
+        sys::interrupt(self.tid)?;
+        let signal = match wait(self.tid, Duration::from_secs(10))? {
+            Stop::Interrupted => match self.resume_stopped(&process)? {
+                LetGo::Now(signal) => signal,
+                LetGo::WithUs => return Ok(()),
+            },
+            Stop::Signal(signal) => signal,
+            _ => 0,
+        };
+        Ok(sys::detach(self.tid, signal)?)
+    }
+
+    fn resume_stopped(&self, process: &Process) -> Result<LetGo, TraceError> {
+        let (now, ready) = (sys::general(self.tid)?, &self.ready);
+        let args = |general: &General| {
+            [general.rdi, general.rsi, general.rdx, general.r10, general.r8, general.r9, general.rsp]
+        };
+        let before_call = (now.rip, now.rax, now.orig_rax) == (ready.rip, ready.rax, u64::MAX);
+        let in_call = restart::interrupted(&now) == Interrupted::GaveUp
+            && (now.rip, now.orig_rax) == (ready.rip + 2, ready.rax)
+            && args(&now) == args(ready);
+        // A signal that came meanwhile has interrupted the call indeed.
+        if !before_call && (!in_call || self.has_signal()?) {
+            return Ok(LetGo::Now(0));
+        }
+        sys::set_general(self.tid, ready)?;
+        match timeouts::rest(process, ready, self.deadline) {
+            Some(rest) => Ok(enter_call(self.tid, process, ready, &rest, self.deadline)?),
+            None => Ok(LetGo::Now(0)),
+        }
+    }
+
+    /// Whether a signal is about to be delivered.
+    fn has_signal(&self) -> io::Result<bool> {
+        let blocked = sys::blocked(self.tid)?;
+        let mut pending = sys::pending(self.tid, false)?;
+        pending.extend(sys::pending(self.tid, true)?);
+        let number = |info: &SigInfo| i32::from_ne_bytes(info[..4].try_into().expect("four bytes"));
+        Ok(pending.iter().any(|info| blocked >> (number(info) - 1) & 1 == 0))
+    }
+}
+
+/// Brings a stopped thread to where it is about to make its call, and changes the timeout there: a handler would write over
+/// what lies below the stack, but between that point and the kernel's look at it, the program runs nothing.
+fn enter_call(tid: Pid, process: &Process, ready: &General, rest: &Rest, deadline: u64) -> io::Result<LetGo> {
+    sys::resume_to_call(tid)?;
+    match sys::wait_soon(tid)? {
+        Some(Stop::Call) => {}
+        Some(Stop::Signal(signal)) => return Ok(LetGo::Now(signal)),
+        _ => return Ok(LetGo::Now(0)),
+    }
+    let now = sys::general(tid)?;
+    if (now.orig_rax, now.rip) == (ready.rax, ready.rip + 2)
+        && let Some(general) = rest.write(process, deadline)
+    {
+        let (rax, orig_rax, rcx, r11) = (now.rax, now.orig_rax, now.rcx, now.r11);
+        sys::set_general(tid, &General { rax, orig_rax, rip: now.rip, rcx, r11, ..general })?;
+    }
+    // To be let go of here would interrupt the call; once it is asleep, it would as well. The end of a tracer disturbs
+    // nobody.
+    sys::resume(tid, 0)?;
+    Ok(LetGo::WithUs)
 }
 
 /// How a thread is let go.
