@@ -53,6 +53,13 @@ struct Cgroup(PathBuf);
 impl Cgroup {
     /// In a hierarchy; what an earlier trial that was killed left there goes.
     fn make(hierarchy: &Path, trial: &str, name: &str) -> Result<Cgroup, String> {
+        let ten_minutes = std::time::Duration::from_secs(600);
+        for entry in fs::read_dir(hierarchy).into_iter().flatten().flatten() {
+            let age = entry.metadata().and_then(|found| found.modified()).ok().and_then(|made| made.elapsed().ok());
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) && age.is_some_and(|age| age > ten_minutes) {
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
         let path = hierarchy.join(format!("{PREFIX}{trial}-{name}"));
         fs::create_dir(&path).map_err(|error| format!("mkdir {}: {error}", path.display()))?;
         Ok(Cgroup(path))
