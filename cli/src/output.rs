@@ -63,6 +63,11 @@ pub fn tell(line: &str) {
     }
 }
 
+/// The same, on standard error where standard output is for JSON.
+pub fn tell_apart(json: bool, line: &str) {
+    if json { tell_aside(line) } else { tell(line) }
+}
+
 /// The same on standard error, where standard output belongs to a program.
 pub fn tell_aside(line: &str) {
     if !is_quiet() {

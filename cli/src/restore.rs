@@ -2,21 +2,25 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use ckpt_core::Pid;
 use ckpt_core::backend::RestoreOptions;
+use ckpt_core::{Pid, Restorer};
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::cgroups;
 use ckpt_core::restore::prepare;
 
+use ckpt_userfault::{Figures, OnLoss, Pager, Told, UserfaultRestorer};
+
+use crate::failure::Usage;
 use crate::progress::Bar;
-use crate::supervise::{self, Terminal};
+use crate::supervise::{self, Chore, Terminal};
 use crate::{backends, human, output, sys};
 
 /// Bring the processes of an image back, with their old ids
@@ -27,6 +31,8 @@ Examples:
                                           end with its status
   ckpt restore -D image -d --pidfile pid  bring it back into the background
   ckpt restore -D image --shell-job       bring a job back onto this terminal
+  ckpt --backend userfault restore -D image -d
+                                          have it run at once; its memory follows
 
 Without --detach ckpt stays as the parent of the tree's first process: it passes
 on the signals it gets, stops and continues with it, and ends with its status.
@@ -51,6 +57,18 @@ pub struct Restore {
     /// What to do about the cgroups of the processes: put them back there, or leave them in that of ckpt
     #[arg(long, value_name = "HOW", default_value = "join")]
     cgroup: Cgroups,
+
+    /// What becomes of the tree if whoever brings in its memory is lost, or finds the image damaged
+    #[arg(long, value_name = "WHAT", help_heading = LAZY)]
+    on_pager_loss: Option<Loss>,
+
+    /// With --detach: stay until all memory is there, and print figures as JSON
+    #[arg(long, requires = "detach", help_heading = LAZY)]
+    json: bool,
+
+    /// Bring in only what is asked for: for tests
+    #[arg(long, hide = true, help_heading = LAZY)]
+    no_sweep: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -59,9 +77,102 @@ enum Cgroups {
     Ignore,
 }
 
+const LAZY: &str = "With --backend userfault";
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Loss {
+    /// It is killed (the default)
+    Kill,
+    /// It is stopped, to be looked at
+    Stop,
+}
+
+/// The restorer, and the same as what it is where its memory follows.
+enum Way {
+    Plain(Box<dyn Restorer>),
+    Lazy(UserfaultRestorer),
+}
+
+impl Way {
+    fn choose(backend: Option<&str>, verb: &Restore, begun: Instant) -> anyhow::Result<Way> {
+        let plain = backends::restorer(backend)?;
+        if backend == Some("userfault") {
+            let defaults = ckpt_userfault::Options { begun, ..Default::default() };
+            return Ok(Way::Lazy(UserfaultRestorer::new(ckpt_userfault::Options {
+                on_loss: match verb.on_pager_loss {
+                    Some(Loss::Stop) => OnLoss::Stop,
+                    _ => OnLoss::Kill,
+                },
+                sweep: !verb.no_sweep,
+                ..defaults
+            })));
+        }
+        let lazy = [("--on-pager-loss", verb.on_pager_loss.is_some()), ("--json", verb.json)];
+        if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given) {
+            return Err(Usage(format!("{option} goes with --backend userfault")).into());
+        }
+        Ok(Way::Plain(plain))
+    }
+
+    fn restorer(&self) -> &dyn Restorer {
+        match self {
+            Way::Plain(restorer) => &**restorer,
+            Way::Lazy(restorer) => restorer,
+        }
+    }
+
+    fn pager(&self) -> Option<Pager> {
+        match self {
+            Way::Plain(_) => None,
+            Way::Lazy(restorer) => restorer.pager(),
+        }
+    }
+}
+
+/// The pager, listened to while ckpt waits for the tree.
+struct Listening {
+    pager: Option<Pager>,
+}
+
+impl Chore for Listening {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.pager.as_ref().map(Pager::fd)
+    }
+
+    fn work(&mut self) -> anyhow::Result<()> {
+        let Some(pager) = &self.pager else { return Ok(()) };
+        let mut ready = [nix::poll::PollFd::new(pager.fd(), nix::poll::PollFlags::POLLIN)];
+        if !matches!(nix::poll::poll(&mut ready, nix::poll::PollTimeout::ZERO), Ok(1..)) {
+            return Ok(());
+        }
+        match pager.listen() {
+            Told::Done(figures) => tracing::info!("{}", in_words(&figures)),
+            Told::Failed(why) => output::tell_aside(&format!("error: {why}")),
+        }
+        self.pager = None;
+        Ok(())
+    }
+}
+
+/// The figures of a lazy restore in a line.
+fn in_words(figures: &Figures) -> String {
+    let pages = &figures.pages;
+    format!(
+        "all memory is there after {}: {} pages before the release, {} by {} faults (median {:.0} us, 99 % within {:.0} us), \
+         {} in the background",
+        human::duration(Duration::from_micros(figures.complete_us)),
+        pages.eager,
+        pages.fault + pages.around,
+        figures.faults,
+        figures.fault_latency_us.p50,
+        figures.fault_latency_us.p99,
+        pages.sweep,
+    )
+}
+
 pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
-    let restorer = backends::restorer(backend)?;
+    let way = Way::choose(backend, verb, begun)?;
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
     sys::interrupt_on_signals();
     let reader = ckpt_formats::open(&verb.directory)?;
@@ -72,7 +183,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     // A restore that fails gives its settings back.
     let terminal = if verb.shell_job { Terminal::open() } else { None };
     let mut bar = Bar::new();
-    let prepared = prepare(&*restorer, &*reader, &options, &mut bar)?;
+    let prepared = prepare(way.restorer(), &*reader, &options, &mut bar)?;
     drop(bar);
 
     let root = prepared.root();
@@ -98,17 +209,28 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     }
     tracing::info!("process {root} goes on after {}", human::duration(begun.elapsed()));
     drop(reader);
-    match signals {
-        Some(signals) => supervise::wait(root, signals, terminal.as_ref(), None),
-        None => {
-            output::tell(&format!(
-                "restored process {root} from {} in {}",
+    let pager = way.pager();
+    let Some(signals) = signals else {
+        output::tell_apart(
+            verb.json,
+            &format!(
+                "restored process {root} from {} in {}{}",
                 verb.directory.display(),
-                human::duration(begun.elapsed())
-            ));
-            Ok(ExitCode::SUCCESS)
-        }
-    }
+                human::duration(begun.elapsed()),
+                if pager.is_some() { "; its memory follows" } else { "" }
+            ),
+        );
+        return match pager.filter(|_| verb.json).map(|pager| pager.listen()) {
+            Some(Told::Done(figures)) => {
+                output::print(&format!("{}\n", serde_json::to_string_pretty(&figures)?));
+                Ok(ExitCode::SUCCESS)
+            }
+            Some(Told::Failed(why)) => Err(anyhow::anyhow!(why)),
+            None => Ok(ExitCode::SUCCESS),
+        };
+    };
+    let mut listening = Listening { pager };
+    supervise::wait(root, signals, terminal.as_ref(), Some(&mut listening))
 }
 
 /// Right after a dump the processes that it ended may not have been waited for, and still have their ids: init, which

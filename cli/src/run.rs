@@ -174,8 +174,8 @@ struct Follower {
 }
 
 impl Chore for Follower {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.inotify.as_fd()
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.inotify.as_fd())
     }
 
     fn work(&mut self) -> anyhow::Result<()> {

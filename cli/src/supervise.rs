@@ -77,7 +77,8 @@ const SI_QUEUE: i32 = -1;
 
 /// Something else to look after while waiting.
 pub trait Chore {
-    fn fd(&self) -> BorrowedFd<'_>;
+    /// Readable when there is something to do; none when there will be nothing more.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
     fn work(&mut self) -> anyhow::Result<()>;
 }
 
@@ -125,8 +126,8 @@ pub fn wait(
         }
         let mut fds =
             vec![PollFd::new(signals.0.as_fd(), PollFlags::POLLIN), PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
-        if let Some(chore) = &chore {
-            fds.push(PollFd::new(chore.fd(), PollFlags::POLLIN));
+        if let Some(fd) = chore.as_ref().and_then(|chore| chore.fd()) {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
         }
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}

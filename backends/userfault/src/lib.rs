@@ -1,29 +1,111 @@
 //! The `userfault` backend: restores with the memory still in the image, and brings pages in when they are touched.
 //!
-//! It is registered so that `ckpt backends` shows where it will stand; it is not built yet, and says so.
+//! ```text
+//! restore:  skeleton, resources, release   by the ptrace backend
+//!           memory                         restorer (registers, hands over) -> pager (faults, sweep) <- guardian
+//! ```
+//!
+//! The restorer of the ptrace backend does everything but the memory. Private anonymous memory is registered with a
+//! userfaultfd (userfaultfd(2)) that each process of the skeleton makes and passes out; the rest is filled as ever. The
+//! [pager](mod@pager) is a process of its own, which answers faults and brings the rest in behind them. When it has, it
+//! closes the descriptors, and nothing of it is left. What happens when it is killed before that is the business of the
+//! [guardian](mod@guardian).
+//!
+//! Filled before the release, as the kernel or the promise of the memory wants it so: changed pages of private file
+//! mappings, memory that is shared, locked memory, and mappings with only a few pages.
 
 #![deny(unsafe_code)]
 
-use ckpt_core::{Availability, Backend, Capability, Probe, inventory};
+mod figures;
+mod guardian;
+mod outstanding;
+mod pager;
+mod probe;
+mod restorer;
+mod source;
+#[allow(unsafe_code)]
+mod sys;
+
+use std::time::Instant;
+
+use ckpt_core::resource::memory::{Mapping, Source};
+use ckpt_core::{Backend, Capability, inventory, resource};
+
+pub use figures::{Figures, Percentiles, Sources};
+pub use restorer::{Pager, Told, UserfaultRestorer};
 
 inventory::submit! {
     Backend {
         name: "userfault",
-        summary: "restores at once and brings the memory in on demand (userfaultfd)",
+        summary: "restores at once, and brings the memory in on demand (userfaultfd)",
         capability,
-        probe,
+        probe: probe::probe,
         dumper: None,
-        restorer: None,
+        restorer: Some(|| Box::new(UserfaultRestorer::new(Options::default()))),
     }
 }
 
-/// Nothing yet: what is claimed here is what the conformance suite runs.
-fn capability() -> Capability {
-    Capability { attach: false, launch: false, restore: false, resources: Vec::new(), privileges: Vec::new() }
+/// What it can ever do. Also for those who register it once more, with other options.
+pub fn capability() -> Capability {
+    Capability {
+        attach: false,
+        launch: false,
+        restore: true,
+        resources: resource::names(),
+        privileges: vec!["those of the ptrace backend, whose restorer it uses"],
+    }
 }
 
-fn probe() -> Probe {
-    let restore = Availability::Unavailable("not built yet; use --backend ptrace".into());
-    let dump = Availability::Unavailable("restores only; dump with --backend ptrace".into());
-    Probe { dump, restore, features: Vec::new() }
+pub use probe::probe;
+
+/// How to restore lazily.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What becomes of the tree if the pager is lost.
+    pub on_loss: OnLoss,
+    /// Bring in what nobody asked for, too. Without it every page comes by a fault, by itself: for tests.
+    pub sweep: bool,
+    /// Mappings with at most so many saved pages are filled before the release: a fault costs as much as ten pages.
+    pub eager_pages: u64,
+    /// When the restore began, for the figures.
+    pub begun: Instant,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { on_loss: OnLoss::Kill, sweep: true, eager_pages: 16, begun: Instant::now() }
+    }
+}
+
+/// What becomes of the tree if its memory can no longer be brought in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLoss {
+    /// It is killed.
+    Kill,
+    /// It is stopped, to be looked at. Whoever is continued and touches a missing page is stopped again.
+    Stop,
+}
+
+impl OnLoss {
+    fn signal(self) -> i32 {
+        match self {
+            OnLoss::Kill => libc::SIGKILL,
+            OnLoss::Stop => libc::SIGSTOP,
+        }
+    }
+}
+
+/// Below this nothing is registered: see [`sys::Userfault::probe`].
+const LOWEST: u64 = 16 << 20;
+
+/// Whether the pages of a mapping are brought in later.
+fn is_lazy(mapping: &Mapping, options: &Options) -> bool {
+    let pages: u64 = mapping.pages.iter().map(|run| run.extent.pages).sum();
+    // Locked memory was promised to be there.
+    let locked = mapping.flags.contains(b"lo") && !mapping.flags.contains(b"lf");
+    mapping.source == Source::Anonymous
+        && !mapping.shared
+        && !locked
+        && pages > options.eager_pages
+        && mapping.start >= LOWEST
 }

@@ -1,0 +1,543 @@
+//! The pager: a process of its own that answers the faults of a restored tree, brings in the rest, and ends.
+//!
+//! It has one thread. Between two steps of the background sweep it looks for faults, so it needs no lock between the two,
+//! and an answer waits for one step at most. What the tree does to its memory meanwhile (fork, mremap, munmap,
+//! `MADV_DONTNEED`) comes as an event, and whoever did it waits until the event was taken. While it waits, the kernel
+//! refuses to put pages into that address space, so that none can get where it no longer belongs. That is why events are
+//! applied before any fault of the same reading is answered.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Instant;
+
+use ckpt_core::procfs::ProcDir;
+use ckpt_core::resource::memory::Mapping;
+use ckpt_core::store::ImageReader;
+use ckpt_core::{PAGE_SIZE, Pid};
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+use crate::figures::{Figures, Histogram};
+use crate::guardian::{self, Guarded, LastLine, Notes};
+use crate::outstanding::{Outstanding, Run};
+use crate::source::{Checksums, PageFile, Source};
+use crate::sys::{self, Event, Obstacle, Userfault};
+use crate::{Options, is_lazy};
+
+/// Pages that one step of the sweep brings in: 64 KiB. An answer to a fault may have to wait for as long as that takes.
+const STEP: u64 = 16;
+/// Pages announced ahead of the sweep: 8 MiB.
+const AHEAD: u64 = 2048;
+/// Most descriptors that the pager will have open, where the limit is higher: the kernel's table grows with the numbers.
+const DESCRIPTORS: u64 = 4096;
+
+/// What the restore command says to the pager: a new address space (with its userfaultfd), or that the tree runs.
+pub mod message {
+    pub const SPACE: u8 = b'S';
+    pub const RELEASED: u8 = b'R';
+    /// And back: figures as JSON, or what went wrong, in words.
+    pub const DONE: u8 = b'D';
+    pub const FAILED: u8 = b'F';
+}
+
+/// Is the pager, from the fork to its end.
+pub fn run(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: Option<&CpuSet>) -> ! {
+    // Nothing of this process may unwind into what its parent was doing.
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(reader, options, control, affinity)));
+    let failure = match ended {
+        Ok(Ok(())) => sys::exit(0),
+        Ok(Err(text)) => text,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            format!("a bug in the pager: {text}")
+        }
+    };
+    tell(control, message::FAILED, &failure);
+    sys::log_error(&failure);
+    // The guardian does to the tree what has to be done.
+    sys::exit(1)
+}
+
+fn tell(control: RawFd, kind: u8, text: &str) {
+    let mut message = vec![kind];
+    message.extend_from_slice(text.as_bytes());
+    let _ = nix::sys::socket::send(control, &message, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
+}
+
+fn serve(
+    reader: &dyn ImageReader,
+    options: &Options,
+    control: RawFd,
+    affinity: Option<&CpuSet>,
+) -> Result<(), String> {
+    sys::ignore_signals();
+    sys::set_name(c"ckpt-pager");
+    let _ = nix::unistd::setsid();
+    let _ = std::env::set_current_dir("/");
+    if let Some(affinity) = affinity {
+        let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), affinity);
+    }
+    std::panic::set_hook(Box::new(|_| {}));
+    let image = reader.image();
+    let mappings = || image.processes.iter().flat_map(|process| &process.memory.mappings);
+    let lazy = mappings().filter(|mapping| is_lazy(mapping, options)).flat_map(|mapping| &mapping.pages);
+    let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
+    let pages = reader.pages().as_raw_fd();
+    sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
+    let source = PageFile::new(owned(pages), checksums, reader);
+    let control = owned(control);
+
+    let pids: Vec<Pid> = image.processes.iter().map(|process| process.task.pid).collect();
+    let members = pids.iter().map(|&pid| sys::pidfd_open(pid)).collect::<Result<Vec<_>, _>>();
+    let members = members.map_err(|error| format!("opening the processes of the tree: {error}"))?;
+    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).map_or(1024, |it| it.0);
+    // Where it cannot be had, the guardian is what there is.
+    let last_line = LastLine::arm(&pids, limit.min(DESCRIPTORS) as RawFd).ok();
+    let notes = Notes::new().map_err(|error| format!("memory to share with the guardian: {error}"))?;
+    let failed = |errno: Errno| format!("epoll: {errno}");
+    let mut pager = Pager {
+        image_mappings: image.processes.iter().map(|process| &process.memory.mappings[..]).collect(),
+        options,
+        source: Box::new(source),
+        epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?,
+        control,
+        spaces: Vec::new(),
+        deferred: Vec::new(),
+        hot: VecDeque::new(),
+        turn: 0,
+        stuck: false,
+        released: None,
+        members,
+        notes,
+        last_line,
+        guardian: None,
+        buffer: vec![0; (STEP * PAGE_SIZE) as usize],
+        latencies: Histogram::new(),
+        figures: Figures::default(),
+    };
+    pager.epoll.add(&pager.control, EpollEvent::new(EpollFlags::EPOLLIN, CONTROL)).map_err(failed)?;
+    for member in &pager.members {
+        pager.epoll.add(member, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, MEMBER)).map_err(failed)?;
+    }
+    pager.start_guardian()?;
+    pager.serve()
+}
+
+#[allow(unsafe_code)]
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: kept open by `keep_only`; what owned it before the fork is never used again in this process.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+// Tokens of the epoll; below these, the index of a space.
+const CONTROL: u64 = 1 << 32;
+const MEMBER: u64 = 2 << 32;
+const GUARDIAN: u64 = 3 << 32;
+
+/// One address space.
+struct Space {
+    fault: Userfault,
+    left: Outstanding,
+    /// Where the sweep goes on.
+    cursor: u64,
+    /// Up to where the source was told.
+    announced: u64,
+    /// The guardian knows whose it is.
+    known: bool,
+}
+
+/// Why a page is brought in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    Fault,
+    Around,
+    Sweep,
+}
+
+struct Pager<'a> {
+    image_mappings: Vec<&'a [Mapping]>,
+    options: &'a Options,
+    source: Box<dyn Source + 'a>,
+    epoll: Epoll,
+    control: OwnedFd,
+    /// By their tokens; none, where one is done with.
+    spaces: Vec<Option<Space>>,
+    /// Faults that could not be answered while their address space was being changed, and when they came.
+    deferred: Vec<(usize, u64, Instant)>,
+    /// What lies around pages that were wanted.
+    hot: VecDeque<(usize, u64, u64)>,
+    /// The space that is swept.
+    turn: usize,
+    /// The last step could do nothing, because an address space was being changed.
+    stuck: bool,
+    released: Option<Instant>,
+    members: Vec<OwnedFd>,
+    notes: Notes,
+    last_line: Option<LastLine>,
+    guardian: Option<(Pid, OwnedFd)>,
+    buffer: Vec<u8>,
+    latencies: Histogram,
+    figures: Figures,
+}
+
+impl Pager<'_> {
+    fn serve(&mut self) -> Result<(), String> {
+        let mut ready = [EpollEvent::empty(); 32];
+        loop {
+            if self.released.is_some() && self.spaces.iter().all(Option::is_none) {
+                return self.finish();
+            }
+            let busy = self.may_sweep() && !self.stuck;
+            let patience = match (busy, self.stuck || !self.deferred.is_empty()) {
+                (true, _) => EpollTimeout::ZERO,
+                (false, true) => EpollTimeout::from(1u8),
+                (false, false) => EpollTimeout::from(500u16),
+            };
+            self.stuck = false;
+            let count = match self.epoll.wait(&mut ready, patience) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => 0,
+                Err(errno) => return Err(format!("epoll: {errno}")),
+            };
+            for event in &ready[..count] {
+                match event.data() {
+                    CONTROL => self.hear()?,
+                    MEMBER => self.bury(),
+                    GUARDIAN => self.replace_guardian()?,
+                    space => self.take_events(space as usize)?,
+                }
+            }
+            for (space, address, since) in std::mem::take(&mut self.deferred) {
+                self.answer(space, address, since)?;
+            }
+            if count == 0 && !busy {
+                self.bury();
+            }
+            if self.may_sweep() {
+                self.step()?;
+            }
+        }
+    }
+
+    fn may_sweep(&self) -> bool {
+        self.released.is_some() && self.options.sweep && self.spaces.iter().any(Option::is_some)
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        self.notes.set_done();
+        if let Some(last_line) = &mut self.last_line {
+            last_line.disarm();
+        }
+        self.figures.complete_us = self.options.begun.elapsed().as_micros() as u64;
+        self.figures.sweep_us = self.released.map_or(0, |released| released.elapsed().as_micros() as u64);
+        self.figures.fault_latency_us = self.latencies.percentiles();
+        let text = serde_json::to_string(&self.figures).map_err(|error| error.to_string())?;
+        tell(self.control.as_raw_fd(), message::DONE, &text);
+        Ok(())
+    }
+
+    // --- the command ---
+
+    /// Takes one message of the restore command.
+    fn hear(&mut self) -> Result<(), String> {
+        let mut bytes = [0u8; 64];
+        let mut vectors = [std::io::IoSliceMut::new(&mut bytes)];
+        let mut space = cmsg_space!([RawFd; 1]);
+        let (length, fd) = match recvmsg::<()>(self.control.as_raw_fd(), &mut vectors, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Ok(message) => {
+                let fds = message.cmsgs().ok().and_then(|mut all| all.find_map(|one| match one {
+                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                    _ => None,
+                }));
+                (message.bytes, fds.map(owned))
+            }
+            Err(Errno::EINTR | Errno::EAGAIN) => return Ok(()),
+            // The other end was closed with something of ours unread.
+            Err(_) => (0, None),
+        };
+        let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        match (if length == 0 { 0 } else { bytes[0] }, fd) {
+            (message::SPACE, Some(fd)) => {
+                let process = word(8) as usize;
+                self.figures.pages.eager += word(16);
+                let mut left = Outstanding::default();
+                let mappings = self.image_mappings.get(process).copied().unwrap_or_default();
+                for mapping in mappings.iter().filter(|mapping| is_lazy(mapping, self.options)) {
+                    for run in &mapping.pages {
+                        left.add(Run { start: run.start, first: run.extent.first, pages: run.extent.pages });
+                    }
+                }
+                self.add_space(fd, left, true)
+            }
+            (message::RELEASED, _) => {
+                self.figures.release_us = word(8);
+                self.released.get_or_insert_with(Instant::now);
+                Ok(())
+            }
+            // The command is gone. If that was before the release, so is the tree, or soon; but whether it was, we cannot
+            // know: as long as there is memory that misses pages, we stay.
+            _ => {
+                let _ = self.epoll.delete(&self.control);
+                self.released.get_or_insert_with(Instant::now);
+                Ok(())
+            }
+        }
+    }
+
+    fn add_space(&mut self, fd: OwnedFd, left: Outstanding, known: bool) -> Result<(), String> {
+        let fault = Userfault::from_fd(fd);
+        let token = self.spaces.len() as u64;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        self.epoll.add(fault.fd(), event).map_err(|errno| format!("watching a userfaultfd: {errno}"))?;
+        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, known }));
+        self.close_if_done(token as usize);
+        Ok(())
+    }
+
+    // --- the guardian ---
+
+    fn start_guardian(&mut self) -> Result<(), String> {
+        let failed = |error: std::io::Error| format!("starting the guardian: {error}");
+        let control = self.control.as_fd();
+        let pager = Pid(std::process::id() as i32);
+        let (members, notes, on_loss) = (&self.members[..], &self.notes, self.options.on_loss);
+        let guardian = guardian::start(&Guarded { pager, members, notes, on_loss, control }).map_err(failed)?;
+        let pidfd = sys::pidfd_open(guardian).map_err(failed)?;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, GUARDIAN);
+        self.epoll.add(&pidfd, event).map_err(|errno| format!("watching the guardian: {errno}"))?;
+        self.guardian = Some((guardian, pidfd));
+        Ok(())
+    }
+
+    /// Somebody killed it.
+    fn replace_guardian(&mut self) -> Result<(), String> {
+        if let Some((guardian, pidfd)) = self.guardian.take() {
+            let _ = self.epoll.delete(&pidfd);
+            sys::reap(guardian);
+        }
+        self.start_guardian()
+    }
+
+    // --- what the tree does ---
+
+    fn take_events(&mut self, index: usize) -> Result<(), String> {
+        let Some(space) = &mut self.spaces[index] else { return Ok(()) };
+        let mut events = Vec::new();
+        space.fault.events(&mut events).map_err(|error| format!("reading a userfaultfd: {error}"))?;
+        let now = Instant::now();
+        let mut faults = Vec::new();
+        for event in events {
+            let Some(space) = &mut self.spaces[index] else { break };
+            match event {
+                Event::Fault { address, tid } => {
+                    if !space.known {
+                        space.known = true;
+                        if let Some(pidfd) = leader_of(tid).and_then(|pid| sys::pidfd_open(pid).ok()) {
+                            self.notes.add_member(pidfd.as_raw_fd());
+                            self.members.push(pidfd);
+                        }
+                    }
+                    faults.push(address);
+                }
+                Event::Fork(fd) => {
+                    let left = space.left.clone();
+                    self.add_space(fd, left, false)?;
+                }
+                Event::Moved { from, to, len } => {
+                    space.left.shift(from, to, len);
+                    (space.cursor, space.announced) = (0, 0);
+                }
+                Event::Removed { start, end } => self.figures.pages.never += space.left.take(start, end),
+            }
+        }
+        for address in faults {
+            self.figures.faults += 1;
+            self.answer(index, address, now)?;
+        }
+        self.close_if_done(index);
+        Ok(())
+    }
+
+    /// Gives a thread the page it waits for.
+    fn answer(&mut self, index: usize, address: u64, since: Instant) -> Result<(), String> {
+        let Some(space) = &mut self.spaces[index] else { return Ok(()) };
+        let outcome = match space.left.page(address) {
+            Some(run) => {
+                let step = STEP * PAGE_SIZE;
+                let window = address / step * step;
+                if self.options.sweep {
+                    self.hot.push_back((index, window, window + step));
+                }
+                self.bring(index, run, Reason::Fault)?
+            }
+            None => match space.fault.zero(address, PAGE_SIZE).1 {
+                None => {
+                    self.figures.zero_faults += 1;
+                    Outcome::Done
+                }
+                Some(Obstacle::Changing) => Outcome::Changing,
+                Some(Obstacle::Gone) => {
+                    self.drop_space(index);
+                    return Ok(());
+                }
+                Some(Obstacle::There | Obstacle::NotMapped) => {
+                    space.fault.wake(address, PAGE_SIZE);
+                    Outcome::Done
+                }
+                Some(Obstacle::Other(errno)) => return Err(refused("a page of zeros", address, errno)),
+            },
+        };
+        match outcome {
+            Outcome::Done => self.latencies.add(since.elapsed()),
+            Outcome::Changing => self.deferred.push((index, address, since)),
+        }
+        Ok(())
+    }
+
+    /// Puts pages into an address space.
+    fn bring(&mut self, index: usize, run: Run, reason: Reason) -> Result<Outcome, String> {
+        let buffer = &mut self.buffer[..run.bytes() as usize];
+        self.source.read(run, buffer)?;
+        let mut done = 0;
+        // Where the whole does not fit one mapping any more, page by page.
+        let mut at_once = run.pages;
+        while done < run.pages {
+            let Some(space) = &mut self.spaces[index] else { return Ok(Outcome::Done) };
+            let rest = run.after(done);
+            let pages = rest.pages.min(at_once);
+            let from = (done * PAGE_SIZE) as usize;
+            let (bytes, obstacle) = space.fault.copy(rest.start, &buffer[from..from + (pages * PAGE_SIZE) as usize]);
+            let copied = space.left.take(rest.start, rest.start + bytes);
+            done += bytes / PAGE_SIZE;
+            match reason {
+                Reason::Fault => self.figures.pages.fault += copied,
+                Reason::Around => self.figures.pages.around += copied,
+                Reason::Sweep => self.figures.pages.sweep += copied,
+            }
+            match obstacle {
+                None => continue,
+                Some(Obstacle::There) => space.fault.wake(rest.start, PAGE_SIZE),
+                Some(Obstacle::Changing) => return Ok(Outcome::Changing),
+                Some(Obstacle::NotMapped) if pages > 1 => {
+                    at_once = 1;
+                    continue;
+                }
+                Some(Obstacle::NotMapped) => {
+                    // Either it was unmapped, or it is on its way to somewhere else and the event is yet to come. In that
+                    // case the kernel says so first, whatever the address.
+                    match space.fault.probe() {
+                        Obstacle::NotMapped => {}
+                        Obstacle::Gone => {
+                            self.drop_space(index);
+                            return Ok(Outcome::Done);
+                        }
+                        _ => return Ok(Outcome::Changing),
+                    }
+                    space.fault.wake(rest.start, PAGE_SIZE);
+                    self.figures.pages.never += 1;
+                }
+                Some(Obstacle::Gone) => {
+                    self.drop_space(index);
+                    return Ok(Outcome::Done);
+                }
+                Some(Obstacle::Other(errno)) => return Err(refused("a page", rest.start, errno)),
+            }
+            space.left.take(rest.start, rest.start + PAGE_SIZE);
+            done += 1;
+        }
+        Ok(Outcome::Done)
+    }
+
+    // --- the sweep ---
+
+    /// Brings in the next few pages.
+    fn step(&mut self) -> Result<(), String> {
+        while let Some((index, start, end)) = self.hot.pop_front() {
+            let Some(space) = &self.spaces[index] else { continue };
+            let Some(run) = space.left.next(start, end, STEP) else { continue };
+            if run.end() < end {
+                self.hot.push_front((index, run.end(), end));
+            }
+            if self.bring(index, run, Reason::Around)? == Outcome::Changing {
+                self.stuck = true;
+            }
+            self.close_if_done(index);
+            return Ok(());
+        }
+        for _ in 0..self.spaces.len() {
+            let index = self.turn % self.spaces.len();
+            let Some(space) = &mut self.spaces[index] else {
+                self.turn += 1;
+                continue;
+            };
+            let next = space.left.next(space.cursor, u64::MAX, STEP).or_else(|| space.left.next(0, u64::MAX, STEP));
+            let Some(run) = next else {
+                self.close_if_done(index);
+                continue;
+            };
+            if space.announced < run.start + AHEAD / 2 * PAGE_SIZE {
+                let from = space.announced.max(run.start);
+                if let Some(ahead) = space.left.next(from, u64::MAX, AHEAD) {
+                    self.source.announce(ahead);
+                    space.announced = ahead.end();
+                }
+            }
+            space.cursor = run.end();
+            if self.bring(index, run, Reason::Sweep)? == Outcome::Changing {
+                // Another one meanwhile.
+                self.turn += 1;
+                self.stuck = true;
+                continue;
+            }
+            self.stuck = false;
+            self.close_if_done(index);
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Lets go of an address space that misses nothing any more: the kernel unregisters its memory, wakes who waits for a
+    /// page of zeros, and nothing is left to be seen.
+    fn close_if_done(&mut self, index: usize) {
+        if self.spaces[index].as_ref().is_some_and(|space| space.left.left() == 0) {
+            self.drop_space(index);
+        }
+    }
+
+    fn drop_space(&mut self, index: usize) {
+        if let Some(space) = self.spaces[index].take() {
+            self.figures.pages.never += space.left.left();
+            let _ = self.epoll.delete(space.fault.fd());
+        }
+    }
+
+    /// Lets go of the address spaces that are no more.
+    fn bury(&mut self) {
+        for index in 0..self.spaces.len() {
+            if self.spaces[index].as_ref().is_some_and(|space| space.fault.is_gone()) {
+                self.drop_space(index);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// The address space is being changed: once more, when the event was taken.
+    Changing,
+}
+
+fn refused(what: &str, address: u64, errno: i32) -> String {
+    format!("putting {what} at {address:#x}: {}", std::io::Error::from_raw_os_error(errno))
+}
+
+/// The process of a thread.
+fn leader_of(tid: Pid) -> Option<Pid> {
+    let status = ProcDir::open(tid).and_then(|proc| proc.status()).ok()?;
+    Some(Pid(*status.numbers("Tgid")?.first()? as i32))
+}

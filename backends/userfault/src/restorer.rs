@@ -1,0 +1,238 @@
+//! The restorer: that of the ptrace backend, with the memory step replaced.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+use ckpt_core::batch::{Batch, Sysno};
+use ckpt_core::progress::Meter;
+use ckpt_core::resource::memory::{Eager, Filler, Mapping, Memory, NAME};
+use ckpt_core::store::ImageReader;
+use ckpt_core::{Image, Pid, Refusal, RestoreError, Restorer, Skeleton, Target, TargetError, args, registry};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair};
+
+use crate::figures::Figures;
+use crate::pager::{self, message};
+use crate::sys::{self, Userfault};
+use crate::{Options, guardian, is_lazy, probe};
+
+/// Restores trees whose memory follows.
+pub struct UserfaultRestorer {
+    options: Options,
+    underneath: Option<Box<dyn Restorer>>,
+    pager: Rc<RefCell<Option<Pager>>>,
+    /// Before the skeleton's maker ties us to one processor.
+    affinity: Option<CpuSet>,
+}
+
+impl UserfaultRestorer {
+    pub fn new(options: Options) -> UserfaultRestorer {
+        let underneath = registry::backend(probe::UNDERNEATH).ok().and_then(|backend| backend.restorer);
+        UserfaultRestorer {
+            options,
+            underneath: underneath.map(|make| make()),
+            pager: Rc::default(),
+            affinity: sched_getaffinity(nix::unistd::Pid::from_raw(0)).ok(),
+        }
+    }
+
+    /// The pager of the tree that was released; none if all of its memory was there before. To be asked once.
+    pub fn pager(&self) -> Option<Pager> {
+        self.pager.borrow_mut().take()
+    }
+}
+
+impl Restorer for UserfaultRestorer {
+    fn check(&self, image: &Image) -> Vec<Refusal> {
+        match &self.underneath {
+            Some(underneath) => underneath.check(image),
+            None => vec![Refusal {
+                resource: NAME,
+                pid: None,
+                subject: String::new(),
+                why: format!("this ckpt was built without the backend {}", probe::UNDERNEATH),
+                help: String::new(),
+            }],
+        }
+    }
+
+    fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError> {
+        let underneath = self.underneath.as_ref().expect("a plan was checked before");
+        Ok(Box::new(LazySkeleton {
+            inner: underneath.skeleton(image)?,
+            pager: self.pager.clone(),
+            options: self.options.clone(),
+        }))
+    }
+
+    fn filler(&self) -> Box<dyn Filler> {
+        Box::new(LazyFiller { options: self.options.clone(), pager: self.pager.clone(), affinity: self.affinity })
+    }
+}
+
+/// The pager, as the command that started it sees it. It does not need the command.
+pub struct Pager {
+    pid: Pid,
+    control: OwnedFd,
+}
+
+/// What a pager tells, last of all.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// All memory is there.
+    Done(Box<Figures>),
+    /// It gave up, in words; the tree was killed or stopped.
+    Failed(String),
+}
+
+impl Pager {
+    /// Becomes readable when it has something to tell.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+
+    /// What it has to tell, waiting for it.
+    pub fn listen(&self) -> Told {
+        let mut bytes = [0u8; 4096];
+        let told = loop {
+            match recv(self.control.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
+                Err(nix::errno::Errno::EINTR) => {}
+                other => break other.unwrap_or(0),
+            }
+        };
+        sys::reap(self.pid);
+        let text = |from: usize| String::from_utf8_lossy(&bytes[from..told]).into_owned();
+        match (told > 0).then(|| bytes[0]) {
+            Some(message::DONE) => match serde_json::from_slice(&bytes[1..told]) {
+                Ok(figures) => Told::Done(Box::new(figures)),
+                Err(error) => Told::Failed(format!("the pager's figures: {error}")),
+            },
+            Some(message::FAILED | guardian::LOST) => Told::Failed(text(1)),
+            _ => Told::Failed("the pager and its guardian ended before all memory was restored".into()),
+        }
+    }
+
+    fn send(&self, kind: u8, words: &[u64], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut bytes = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+        bytes.extend(words.iter().flat_map(|word| word.to_ne_bytes()));
+        let fds: Vec<_> = fd.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let rights = if fds.is_empty() { &[] } else { &rights[..] };
+        sendmsg::<()>(self.control.as_raw_fd(), &[IoSlice::new(&bytes)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(())
+    }
+
+    fn is_alive(&self) -> bool {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+        let id = Id::Pid(nix::unistd::Pid::from_raw(self.pid.0));
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        matches!(waitid(id, flags), Ok(WaitStatus::StillAlive))
+    }
+}
+
+fn failed(what: &str) -> impl Fn(io::Error) -> RestoreError {
+    move |source| RestoreError::Io { what: format!("{NAME}: {what}"), source }
+}
+
+struct LazyFiller {
+    options: Options,
+    pager: Rc<RefCell<Option<Pager>>>,
+    affinity: Option<CpuSet>,
+}
+
+impl Filler for LazyFiller {
+    fn fill(
+        &mut self,
+        process: usize,
+        target: &mut dyn Target,
+        memory: &Memory,
+        reader: &dyn ImageReader,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), RestoreError> {
+        let (lazy, rest): (Vec<&Mapping>, Vec<&Mapping>) =
+            memory.mappings.iter().partition(|mapping| is_lazy(mapping, &self.options));
+        let rest = Memory {
+            mappings: rest.into_iter().cloned().collect(),
+            layout: memory.layout,
+            auxv: Vec::new(),
+            exe: memory.exe.clone(),
+            exe_identity: memory.exe_identity,
+            lock_future: memory.lock_future,
+        };
+        let eager: u64 = rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum();
+        Eager.fill(process, target, &rest, reader, meter)?;
+        if lazy.is_empty() {
+            return Ok(());
+        }
+        let mut pager = self.pager.borrow_mut();
+        if pager.is_none() {
+            *pager = Some(start(reader, &self.options, self.affinity.as_ref()).map_err(failed("starting the pager"))?);
+        }
+        let pager = pager.as_ref().expect("just started");
+
+        let fault = userfault_of(target)?;
+        fault.enable(probe::FEATURES).map_err(failed("userfaultfd"))?;
+        for mapping in lazy {
+            let what = format!("registering {:x}-{:x} with userfaultfd", mapping.start, mapping.end);
+            fault.register(mapping.start, mapping.end - mapping.start).map_err(failed(&what))?;
+        }
+        pager.send(message::SPACE, &[process as u64, eager], Some(fault.fd())).map_err(failed("the pager"))
+    }
+}
+
+/// Has a process make a userfaultfd, and pass it out.
+fn userfault_of(target: &mut dyn Target) -> Result<Userfault, RestoreError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+    let mut batch = Batch::new();
+    let fd = batch.call(Sysno::userfaultfd, args![libc::O_CLOEXEC | libc::O_NONBLOCK]);
+    let fd = target.run(&batch).map_err(failed)?.fd(fd);
+    let ours = target.fds_out(&[fd]).map_err(failed)?.remove(0);
+    let mut batch = Batch::new();
+    batch.call(Sysno::close, args![fd]);
+    target.run(&batch).map_err(failed)?;
+    Ok(Userfault::from_fd(ours))
+}
+
+/// Forks the pager. It has the image as we have it.
+fn start(reader: &dyn ImageReader, options: &Options, affinity: Option<&CpuSet>) -> io::Result<Pager> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    match sys::fork()? {
+        sys::Fork::Child => pager::run(reader, options, theirs.as_raw_fd(), affinity),
+        sys::Fork::Parent(pid) => Ok(Pager { pid, control: ours }),
+    }
+}
+
+struct LazySkeleton {
+    inner: Box<dyn Skeleton>,
+    pager: Rc<RefCell<Option<Pager>>>,
+    options: Options,
+}
+
+impl Skeleton for LazySkeleton {
+    fn targets(&mut self) -> &mut [Box<dyn Target>] {
+        self.inner.targets()
+    }
+
+    fn release(self: Box<Self>) -> Result<(), RestoreError> {
+        let pager = self.pager.borrow();
+        if let Some(pager) = &*pager
+            && !pager.is_alive()
+        {
+            let why = match pager.listen() {
+                Told::Failed(why) => why,
+                Told::Done(_) => "it ended early".into(),
+            };
+            return Err(failed("the pager")(io::Error::other(why)));
+        }
+        self.inner.release()?;
+        if let Some(pager) = &*pager {
+            let elapsed = self.options.begun.elapsed().as_micros() as u64;
+            // One that is gone by now has taken the tree with it, and whoever listens to it is told.
+            let _ = pager.send(message::RELEASED, &[elapsed], None);
+        }
+        Ok(())
+    }
+}
