@@ -294,6 +294,7 @@ impl Init<'_> {
 
     /// One round. Says whether there is a tree to judge.
     fn dump_and_restore(&mut self, dumper: &str, restorer: &str, round: usize) -> Result<bool, String> {
+        self.no_pagers_left("the restore of the round before")?;
         self.before_dump(round)?;
         let before = self.look();
         let image = self.dir.join(format!("image-{round}"));
@@ -399,6 +400,26 @@ impl Init<'_> {
         }
     }
 
+    /// Waits until whoever brings in memory after a restore has ended, and asks those that were told not to hurry to go on
+    /// with it. Memory that is not there yet cannot be dumped.
+    fn no_pagers_left(&mut self, what: &str) -> Verdict {
+        let begin = Instant::now();
+        loop {
+            self.reap();
+            let left: Vec<i32> = numbers(Path::new("/proc")).into_iter().filter(|&pid| is_pager(pid)).collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if begin.elapsed() > Duration::from_secs(20) {
+                return Err(format!("{what} left pagers behind that did not end within 20 s: {left:?}"));
+            }
+            for pid in left.into_iter().filter(|&pid| name(pid) == PAGERS[0]) {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGUSR1);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Lets the subject go on, and waits for its end and its verdict.
     fn judge(&mut self) -> Verdict {
         File::create(self.dir.join(GO)).map_err(|error| format!("the sign to go on: {error}"))?;
@@ -418,6 +439,7 @@ impl Init<'_> {
             std::thread::sleep(Duration::from_millis(1));
             self.reap();
         }
+        self.no_pagers_left("the end of the tree")?;
         let status = self.ended[&self.root];
         let verdict = if judged_by_clients { "pass".into() } else { self.verdict() };
         if verdict == "pass" && status.success() { Ok(()) } else { Err(format!("{verdict} ({status})")) }
@@ -441,11 +463,23 @@ impl Init<'_> {
     }
 }
 
-/// All processes of the namespace but init.
+/// All processes of the namespace but init, and but those that bring in memory after a restore.
 fn processes() -> BTreeSet<i32> {
     let mut pids = numbers(Path::new("/proc"));
     pids.remove(&1);
+    pids.retain(|&pid| !is_pager(pid));
     pids
+}
+
+/// The names of the processes that bring in the memory of a tree, and watch over that: ckpt's own, and no part of the tree.
+const PAGERS: [&str; 2] = ["ckpt-pager", "ckpt-guard"];
+
+fn is_pager(pid: i32) -> bool {
+    PAGERS.contains(&name(pid).as_str())
+}
+
+fn name(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_string()
 }
 
 fn state(pid: i32) -> Option<char> {

@@ -163,7 +163,7 @@ fn is_caught(row: &Row) -> Result<(), String> {
 
 fn registered() -> Result<(), String> {
     let mut expected: Vec<&str> =
-        ROWS.iter().map(|row| row.backend).chain(["preload", "ptrace", "userfault"]).collect();
+        ROWS.iter().map(|row| row.backend).chain(["preload", "ptrace", "userfault", "userfault-by-fault"]).collect();
     expected.sort_unstable();
     let found: Vec<&str> = registry::backends().iter().map(|backend| backend.name).collect();
     if expected == found { Ok(()) } else { Err(format!("expected {expected:?}, found {found:?}")) }

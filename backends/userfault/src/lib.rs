@@ -28,7 +28,7 @@ mod sys;
 
 use std::time::Instant;
 
-use ckpt_core::resource::memory::{Mapping, Source};
+use ckpt_core::resource::memory::{Mapping, Memory, Source};
 use ckpt_core::{Backend, Capability, inventory, resource};
 
 pub use figures::{Figures, Percentiles, Sources};
@@ -63,7 +63,8 @@ pub use probe::probe;
 pub struct Options {
     /// What becomes of the tree if the pager is lost.
     pub on_loss: OnLoss,
-    /// Bring in what nobody asked for, too. Without it every page comes by a fault, by itself: for tests.
+    /// Bring in what nobody asked for, too. Without it every page comes by a fault, by itself, until the pager gets
+    /// SIGUSR1: for tests.
     pub sweep: bool,
     /// Mappings with at most so many saved pages are filled before the release: a fault costs as much as ten pages.
     pub eager_pages: u64,
@@ -98,14 +99,22 @@ impl OnLoss {
 /// Below this nothing is registered: see [`sys::Userfault::probe`].
 const LOWEST: u64 = 16 << 20;
 
-/// Whether the pages of a mapping are brought in later.
-fn is_lazy(mapping: &Mapping, options: &Options) -> bool {
+/// The mappings whose pages are brought in later.
+fn lazy_mappings<'a>(memory: &'a Memory, options: &'a Options) -> impl Iterator<Item = &'a Mapping> {
+    memory.mappings.iter().filter(|mapping| is_lazy(memory, mapping, options))
+}
+
+fn is_lazy(memory: &Memory, mapping: &Mapping, options: &Options) -> bool {
     let pages: u64 = mapping.pages.iter().map(|run| run.extent.pages).sum();
     // Locked memory was promised to be there.
     let locked = mapping.flags.contains(b"lo") && !mapping.flags.contains(b"lf");
+    // Whoever reads /proc/PID/cmdline or environ does not wait for a fault to be answered, but gets nothing.
+    let layout = &memory.layout;
+    let named = layout.arg_start.min(layout.env_start) < mapping.end && layout.arg_end.max(layout.env_end) > mapping.start;
     mapping.source == Source::Anonymous
         && !mapping.shared
         && !locked
+        && !named
         && pages > options.eager_pages
         && mapping.start >= LOWEST
 }

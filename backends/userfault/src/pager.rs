@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 use ckpt_core::procfs::ProcDir;
-use ckpt_core::resource::memory::Mapping;
+use ckpt_core::resource::memory::Memory;
 use ckpt_core::store::ImageReader;
 use ckpt_core::{PAGE_SIZE, Pid};
 use nix::cmsg_space;
@@ -25,7 +25,7 @@ use crate::guardian::{self, Guarded, LastLine, Notes};
 use crate::outstanding::{Outstanding, Run};
 use crate::source::{Checksums, PageFile, Source};
 use crate::sys::{self, Event, Obstacle, Userfault};
-use crate::{Options, is_lazy};
+use crate::{Options, lazy_mappings};
 
 /// Pages that one step of the sweep brings in: 64 KiB. An answer to a fault may have to wait for as long as that takes.
 const STEP: u64 = 16;
@@ -75,6 +75,7 @@ fn serve(
     affinity: Option<&CpuSet>,
 ) -> Result<(), String> {
     sys::ignore_signals();
+    sys::note_sweep_signal();
     sys::set_name(c"ckpt-pager");
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
@@ -83,8 +84,8 @@ fn serve(
     }
     std::panic::set_hook(Box::new(|_| {}));
     let image = reader.image();
-    let mappings = || image.processes.iter().flat_map(|process| &process.memory.mappings);
-    let lazy = mappings().filter(|mapping| is_lazy(mapping, options)).flat_map(|mapping| &mapping.pages);
+    let lazy = image.processes.iter().flat_map(|process| lazy_mappings(&process.memory, options));
+    let lazy = lazy.flat_map(|mapping| &mapping.pages);
     let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
     let pages = reader.pages().as_raw_fd();
     sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
@@ -100,8 +101,9 @@ fn serve(
     let notes = Notes::new().map_err(|error| format!("memory to share with the guardian: {error}"))?;
     let failed = |errno: Errno| format!("epoll: {errno}");
     let mut pager = Pager {
-        image_mappings: image.processes.iter().map(|process| &process.memory.mappings[..]).collect(),
+        memories: image.processes.iter().map(|process| &process.memory).collect(),
         options,
+        sweep: options.sweep,
         source: Box::new(source),
         epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?,
         control,
@@ -159,8 +161,11 @@ enum Reason {
 }
 
 struct Pager<'a> {
-    image_mappings: Vec<&'a [Mapping]>,
+    /// Of the processes of the image.
+    memories: Vec<&'a Memory>,
     options: &'a Options,
+    /// Bring in what nobody asked for, too. SIGUSR1 begins with it, where that was not wanted before.
+    sweep: bool,
     source: Box<dyn Source + 'a>,
     epoll: Epoll,
     control: OwnedFd,
@@ -198,6 +203,7 @@ impl Pager<'_> {
                 (false, false) => EpollTimeout::from(500u16),
             };
             self.stuck = false;
+            self.sweep |= sys::sweep_signal_came();
             let count = match self.epoll.wait(&mut ready, patience) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => 0,
@@ -224,7 +230,7 @@ impl Pager<'_> {
     }
 
     fn may_sweep(&self) -> bool {
-        self.released.is_some() && self.options.sweep && self.spaces.iter().any(Option::is_some)
+        self.released.is_some() && self.sweep && self.spaces.iter().any(Option::is_some)
     }
 
     fn finish(&mut self) -> Result<(), String> {
@@ -265,8 +271,8 @@ impl Pager<'_> {
                 let process = word(8) as usize;
                 self.figures.pages.eager += word(16);
                 let mut left = Outstanding::default();
-                let mappings = self.image_mappings.get(process).copied().unwrap_or_default();
-                for mapping in mappings.iter().filter(|mapping| is_lazy(mapping, self.options)) {
+                let memory = self.memories.get(process).copied();
+                for mapping in memory.into_iter().flat_map(|memory| lazy_mappings(memory, self.options)) {
                     for run in &mapping.pages {
                         left.add(Run { start: run.start, first: run.extent.first, pages: run.extent.pages });
                     }
@@ -369,7 +375,7 @@ impl Pager<'_> {
             Some(run) => {
                 let step = STEP * PAGE_SIZE;
                 let window = address / step * step;
-                if self.options.sweep {
+                if self.sweep {
                     self.hot.push_back((index, window, window + step));
                 }
                 self.bring(index, run, Reason::Fault)?

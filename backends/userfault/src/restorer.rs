@@ -152,7 +152,7 @@ impl Filler for LazyFiller {
         meter: &mut Meter<'_>,
     ) -> Result<(), RestoreError> {
         let (lazy, rest): (Vec<&Mapping>, Vec<&Mapping>) =
-            memory.mappings.iter().partition(|mapping| is_lazy(mapping, &self.options));
+            memory.mappings.iter().partition(|mapping| is_lazy(memory, mapping, &self.options));
         let rest = Memory {
             mappings: rest.into_iter().cloned().collect(),
             layout: memory.layout,

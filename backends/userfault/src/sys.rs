@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use ckpt_core::{PAGE_SIZE, Pid};
 
@@ -369,6 +369,22 @@ pub fn ignore_signals() {
         // SAFETY: no handler is set.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
+}
+
+static SWEEP_NOW: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGUSR1 is noted.
+pub fn note_sweep_signal() {
+    extern "C" fn note(_signal: libc::c_int) {
+        SWEEP_NOW.store(true, Ordering::Relaxed);
+    }
+    // SAFETY: the handler only stores to an atomic.
+    unsafe { libc::signal(libc::SIGUSR1, note as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+}
+
+/// Whether it came.
+pub fn sweep_signal_came() -> bool {
+    SWEEP_NOW.load(Ordering::Relaxed)
 }
 
 /// `PR_SET_NAME`: what `ps` shows.

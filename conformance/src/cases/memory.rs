@@ -146,7 +146,8 @@ fn touching_kills(pages: Pages, page: usize, write: bool, signal: Signal, what: 
     }
 }
 
-/// The `VmFlags` of the mapping that holds an address.
+/// The `VmFlags` of the mapping that holds an address, without what shows for as long as memory is still on its way after
+/// a restore (`um`).
 fn flags_at(address: u64) -> Result<String, String> {
     let smaps = fs::read_to_string("/proc/self/smaps").map_err(|error| error.to_string())?;
     let mut inside = false;
@@ -156,7 +157,7 @@ fn flags_at(address: u64) -> Result<String, String> {
                 inside = (start..end).contains(&address);
             }
         } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| inside) {
-            return Ok(flags.trim().to_string());
+            return Ok(flags.split_whitespace().filter(|&flag| flag != "um").collect::<Vec<_>>().join(" "));
         }
     }
     Err(format!("there is no mapping at {address:#x}"))
