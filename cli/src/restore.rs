@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ckpt_core::backend::RestoreOptions;
-use ckpt_core::{Pid, Restorer};
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::cgroups;
 use ckpt_core::restore::prepare;
+use ckpt_core::{Pid, RestoreError, Restorer};
 
 use ckpt_userfault::{Figures, OnLoss, Pager, Told, UserfaultRestorer};
 
@@ -121,6 +121,20 @@ impl Way {
         }
     }
 
+    /// With the cause, where that is what befell the pager.
+    fn explain(&self, error: RestoreError) -> anyhow::Error {
+        let cause = match self {
+            Way::Lazy(restorer) if !matches!(error, RestoreError::Refused(_) | RestoreError::Interrupted) => {
+                restorer.failure()
+            }
+            _ => None,
+        };
+        match cause {
+            Some(cause) => anyhow::anyhow!("{cause}; nothing of the tree runs ({error})"),
+            None => error.into(),
+        }
+    }
+
     fn pager(&self) -> Option<Pager> {
         match self {
             Way::Plain(_) => None,
@@ -183,7 +197,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     // A restore that fails gives its settings back.
     let terminal = if verb.shell_job { Terminal::open() } else { None };
     let mut bar = Bar::new();
-    let prepared = prepare(way.restorer(), &*reader, &options, &mut bar)?;
+    let prepared = prepare(way.restorer(), &*reader, &options, &mut bar).map_err(|error| way.explain(error))?;
     drop(bar);
 
     let root = prepared.root();
@@ -195,7 +209,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     if let Some(terminal) = terminal.as_ref().filter(|_| !verb.detach) {
         terminal.give(root);
     }
-    prepared.release()?;
+    prepared.release().map_err(|error| way.explain(error))?;
     for loss in lost {
         output::tell_aside(&format!("lost, as allowed: {loss}"));
     }

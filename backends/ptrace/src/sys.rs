@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use ckpt_agent::frame;
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
@@ -193,7 +194,10 @@ pub fn wait(tid: Pid, block: bool) -> io::Result<Option<Stop>> {
     }))
 }
 
-/// The same for what comes within microseconds: looks a few times before it goes to sleep.
+/// The same for what comes within microseconds: looks a few times before it pauses between looks.
+///
+/// Not by a blocking `waitpid`: the end of a main thread is not told as long as other threads of its process, which we trace
+/// as well, have yet to be waited for; so if the process is killed now, it would never return.
 pub fn wait_soon(tid: Pid) -> io::Result<Option<Stop>> {
     for _ in 0..100 {
         if let Some(stop) = wait(tid, false)? {
@@ -201,7 +205,23 @@ pub fn wait_soon(tid: Pid) -> io::Result<Option<Stop>> {
         }
         std::thread::yield_now();
     }
-    wait(tid, true)
+    let mut pause = Duration::from_micros(20);
+    loop {
+        if let Some(stop) = wait(tid, false)? {
+            return Ok(Some(stop));
+        }
+        if pause > Duration::from_millis(1) && has_ended(tid) {
+            return Ok(Some(Stop::Ended(libc::SIGKILL)));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(2));
+    }
+}
+
+/// Whether a thread is a zombie, or no more.
+fn has_ended(tid: Pid) -> bool {
+    let stat = ckpt_core::procfs::ProcDir::open(tid).and_then(|proc| proc.stat_line());
+    stat.map_or(true, |stat| matches!(stat.state, 'Z' | 'X'))
 }
 
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {

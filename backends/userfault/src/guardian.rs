@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ckpt_core::Pid;
+use ckpt_core::procfs::{Mapping, ProcDir};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::OnLoss;
@@ -134,12 +135,21 @@ fn hold_until_gone(signal: i32) {
             let _ = userfault.events(&mut events);
             for event in events {
                 match event {
-                    Event::Fault { tid, .. } if tid.0 > 0 => sys::kill(tid, signal),
+                    Event::Fault { tid, .. } if misses_memory(tid) => sys::kill(tid, signal),
+                    // A debugger, say, that reads the memory of the tree, and keeps it alive by that. It gets an error.
+                    Event::Fault { tid, address } => {
+                        if !userfault.poison(address) {
+                            sys::kill(tid, libc::SIGKILL);
+                        }
+                        userfault.wake(address, ckpt_core::PAGE_SIZE);
+                    }
                     // It is in the table now, and found in the next round.
                     Event::Fork(fd) => std::mem::forget(fd),
                     _ => {}
                 }
             }
+            // What the pager had taken and did not get to.
+            userfault.wake_all();
             std::mem::forget(userfault);
         }
         if held == 0 {
@@ -147,6 +157,17 @@ fn hold_until_gone(signal: i32) {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Whether a thread is of a process with registered memory: of the tree, or of what it has become.
+fn misses_memory(tid: Pid) -> bool {
+    // A pid of another namespace, which has no meaning here.
+    if tid.0 <= 0 {
+        return false;
+    }
+    let smaps = ProcDir::open(tid).and_then(|proc| proc.read("smaps"));
+    let mappings = smaps.ok().and_then(|smaps| Mapping::parse_all(&smaps)).unwrap_or_default();
+    mappings.iter().any(|mapping| mapping.has("um"))
 }
 
 #[allow(unsafe_code)]

@@ -110,7 +110,8 @@ fn is_lazy(memory: &Memory, mapping: &Mapping, options: &Options) -> bool {
     let locked = mapping.flags.contains(b"lo") && !mapping.flags.contains(b"lf");
     // Whoever reads /proc/PID/cmdline or environ does not wait for a fault to be answered, but gets nothing.
     let layout = &memory.layout;
-    let named = layout.arg_start.min(layout.env_start) < mapping.end && layout.arg_end.max(layout.env_end) > mapping.start;
+    let named =
+        layout.arg_start.min(layout.env_start) < mapping.end && layout.arg_end.max(layout.env_end) > mapping.start;
     mapping.source == Source::Anonymous
         && !mapping.shared
         && !locked

@@ -129,7 +129,7 @@ impl Outstanding {
             let from = start.saturating_sub(at) / PAGE_SIZE;
             let to = segment.pages.min((end - at).div_ceil(PAGE_SIZE));
             if let Some(page) = segment.next(from, to) {
-                let gap = segment.next_gap(page, to.min(page + most));
+                let gap = segment.next_gap(page, to.min(page.saturating_add(most)));
                 return Some(Run { start: at + page * PAGE_SIZE, first: segment.first + page, pages: gap - page });
             }
         }
@@ -297,7 +297,10 @@ mod tests {
                     _ => {
                         let found = all.next(start * P, (start + len) * P, 16);
                         let expected = plain.range(start..start + len).next();
-                        assert_eq!(found.map(|run| (run.start / P, run.first)), expected.map(|(&at, &page)| (at, page)));
+                        assert_eq!(
+                            found.map(|run| (run.start / P, run.first)),
+                            expected.map(|(&at, &page)| (at, page))
+                        );
                         for page in 0..found.map_or(0, |run| run.pages) {
                             let run = found.unwrap();
                             assert_eq!(plain.get(&(run.start / P + page)), Some(&(run.first + page)));

@@ -34,11 +34,14 @@ const AHEAD: u64 = 2048;
 /// Most descriptors that the pager will have open, where the limit is higher: the kernel's table grows with the numbers.
 const DESCRIPTORS: u64 = 4096;
 
-/// What the restore command says to the pager: a new address space (with its userfaultfd), or that the tree runs.
+/// What the restore command says to the pager: a new address space (with its userfaultfd); that it waits until the pager
+/// has taken all of these and is guarded; that the tree runs.
 pub mod message {
     pub const SPACE: u8 = b'S';
+    pub const PREPARE: u8 = b'P';
     pub const RELEASED: u8 = b'R';
-    /// And back: figures as JSON, or what went wrong, in words.
+    /// And back: that it is prepared; and last of all figures as JSON, or what went wrong, in words.
+    pub const PREPARED: u8 = b'A';
     pub const DONE: u8 = b'D';
     pub const FAILED: u8 = b'F';
 }
@@ -68,12 +71,7 @@ fn tell(control: RawFd, kind: u8, text: &str) {
     let _ = nix::sys::socket::send(control, &message, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT);
 }
 
-fn serve(
-    reader: &dyn ImageReader,
-    options: &Options,
-    control: RawFd,
-    affinity: Option<&CpuSet>,
-) -> Result<(), String> {
+fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: Option<&CpuSet>) -> Result<(), String> {
     sys::ignore_signals();
     sys::note_sweep_signal();
     sys::set_name(c"ckpt-pager");
@@ -100,7 +98,10 @@ fn serve(
     let last_line = LastLine::arm(&pids, limit.min(DESCRIPTORS) as RawFd).ok();
     let notes = Notes::new().map_err(|error| format!("memory to share with the guardian: {error}"))?;
     let failed = |errno: Errno| format!("epoll: {errno}");
-    let mut pager = Pager {
+    // Never dropped, also where it fails or panics: that would close the descriptors, and a page that is missing then is one
+    // of zeros.
+    let pager = Box::leak(Box::new(Pager {
+        pids,
         memories: image.processes.iter().map(|process| &process.memory).collect(),
         options,
         sweep: options.sweep,
@@ -120,10 +121,13 @@ fn serve(
         buffer: vec![0; (STEP * PAGE_SIZE) as usize],
         latencies: Histogram::new(),
         figures: Figures::default(),
-    };
+    }));
     pager.epoll.add(&pager.control, EpollEvent::new(EpollFlags::EPOLLIN, CONTROL)).map_err(failed)?;
     for member in &pager.members {
-        pager.epoll.add(member, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, MEMBER)).map_err(failed)?;
+        pager
+            .epoll
+            .add(member, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, MEMBER))
+            .map_err(failed)?;
     }
     pager.start_guardian()?;
     pager.serve()
@@ -148,8 +152,10 @@ struct Space {
     cursor: u64,
     /// Up to where the source was told.
     announced: u64,
-    /// The guardian knows whose it is.
-    known: bool,
+    /// Whose it is: of a process that the tree made since, not known until it touches a missing page.
+    pid: Option<Pid>,
+    /// What a child of it finds as zeros, as it was when it was forked itself (`MADV_WIPEONFORK`).
+    wiped: Vec<(u64, u64)>,
 }
 
 /// Why a page is brought in.
@@ -162,6 +168,7 @@ enum Reason {
 
 struct Pager<'a> {
     /// Of the processes of the image.
+    pids: Vec<Pid>,
     memories: Vec<&'a Memory>,
     options: &'a Options,
     /// Bring in what nobody asked for, too. SIGUSR1 begins with it, where that was not wanted before.
@@ -253,18 +260,21 @@ impl Pager<'_> {
         let mut bytes = [0u8; 64];
         let mut vectors = [std::io::IoSliceMut::new(&mut bytes)];
         let mut space = cmsg_space!([RawFd; 1]);
-        let (length, fd) = match recvmsg::<()>(self.control.as_raw_fd(), &mut vectors, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Ok(message) => {
-                let fds = message.cmsgs().ok().and_then(|mut all| all.find_map(|one| match one {
-                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-                    _ => None,
-                }));
-                (message.bytes, fds.map(owned))
-            }
-            Err(Errno::EINTR | Errno::EAGAIN) => return Ok(()),
-            // The other end was closed with something of ours unread.
-            Err(_) => (0, None),
-        };
+        let (length, fd) =
+            match recvmsg::<()>(self.control.as_raw_fd(), &mut vectors, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+                Ok(message) => {
+                    let fds = message.cmsgs().ok().and_then(|mut all| {
+                        all.find_map(|one| match one {
+                            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                            _ => None,
+                        })
+                    });
+                    (message.bytes, fds.map(owned))
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => return Ok(()),
+                // The other end was closed with something of ours unread.
+                Err(_) => (0, None),
+            };
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         match (if length == 0 { 0 } else { bytes[0] }, fd) {
             (message::SPACE, Some(fd)) => {
@@ -277,7 +287,11 @@ impl Pager<'_> {
                         left.add(Run { start: run.start, first: run.extent.first, pages: run.extent.pages });
                     }
                 }
-                self.add_space(fd, left, true)
+                self.add_space(fd, left, Some(self.pids[process]), Vec::new())
+            }
+            (message::PREPARE, _) => {
+                tell(self.control.as_raw_fd(), message::PREPARED, "");
+                Ok(())
             }
             (message::RELEASED, _) => {
                 self.figures.release_us = word(8);
@@ -294,12 +308,18 @@ impl Pager<'_> {
         }
     }
 
-    fn add_space(&mut self, fd: OwnedFd, left: Outstanding, known: bool) -> Result<(), String> {
+    fn add_space(
+        &mut self,
+        fd: OwnedFd,
+        left: Outstanding,
+        pid: Option<Pid>,
+        wiped: Vec<(u64, u64)>,
+    ) -> Result<(), String> {
         let fault = Userfault::from_fd(fd);
         let token = self.spaces.len() as u64;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
         self.epoll.add(fault.fd(), event).map_err(|errno| format!("watching a userfaultfd: {errno}"))?;
-        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, known }));
+        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, pid, wiped }));
         self.close_if_done(token as usize);
         Ok(())
     }
@@ -340,18 +360,23 @@ impl Pager<'_> {
             let Some(space) = &mut self.spaces[index] else { break };
             match event {
                 Event::Fault { address, tid } => {
-                    if !space.known {
-                        space.known = true;
-                        if let Some(pidfd) = leader_of(tid).and_then(|pid| sys::pidfd_open(pid).ok()) {
-                            self.notes.add_member(pidfd.as_raw_fd());
-                            self.members.push(pidfd);
-                        }
+                    if space.pid.is_none()
+                        && let Some(pid) = leader_of(tid)
+                        && let Ok(pidfd) = sys::pidfd_open(pid)
+                    {
+                        space.pid = Some(pid);
+                        self.notes.add_member(pidfd.as_raw_fd());
+                        self.members.push(pidfd);
                     }
                     faults.push(address);
                 }
                 Event::Fork(fd) => {
-                    let left = space.left.clone();
-                    self.add_space(fd, left, false)?;
+                    let mut left = space.left.clone();
+                    let wiped = space.pid.and_then(wiped_on_fork).unwrap_or_else(|| space.wiped.clone());
+                    for &(start, end) in &wiped {
+                        left.take(start, end);
+                    }
+                    self.add_space(fd, left, None, wiped)?;
                 }
                 Event::Moved { from, to, len } => {
                     space.left.shift(from, to, len);
@@ -540,6 +565,14 @@ enum Outcome {
 
 fn refused(what: &str, address: u64, errno: i32) -> String {
     format!("putting {what} at {address:#x}: {}", std::io::Error::from_raw_os_error(errno))
+}
+
+/// The registered memory of a process that a child finds as zeros (`MADV_WIPEONFORK`): only `/proc/PID/smaps` shows it.
+fn wiped_on_fork(pid: Pid) -> Option<Vec<(u64, u64)>> {
+    let smaps = ProcDir::open(pid).and_then(|proc| proc.read("smaps")).ok()?;
+    let mappings = ckpt_core::procfs::Mapping::parse_all(&smaps)?;
+    let wiped = mappings.iter().filter(|mapping| mapping.has("wf") && mapping.has("um"));
+    Some(wiped.map(|mapping| (mapping.start, mapping.end)).collect())
 }
 
 /// The process of a thread.

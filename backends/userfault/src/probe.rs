@@ -49,7 +49,9 @@ fn userfault(kernel: std::io::Result<u64>) -> Result<(), String> {
         Ok(has) => has,
         Err(error) => {
             return Err(match error.raw_os_error() {
-                Some(libc::ENOSYS) => "this kernel has no userfaultfd (CONFIG_USERFAULTFD); use --backend ptrace".into(),
+                Some(libc::ENOSYS) => {
+                    "this kernel has no userfaultfd (CONFIG_USERFAULTFD); use --backend ptrace".into()
+                }
                 Some(libc::EPERM) => "userfaultfd is not permitted: it needs CAP_SYS_PTRACE, or \
                                       vm.unprivileged_userfaultfd=1; use --backend ptrace"
                     .into(),

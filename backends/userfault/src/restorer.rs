@@ -4,12 +4,14 @@ use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use ckpt_core::batch::{Batch, Sysno};
 use ckpt_core::progress::Meter;
 use ckpt_core::resource::memory::{Eager, Filler, Mapping, Memory, NAME};
 use ckpt_core::store::ImageReader;
 use ckpt_core::{Image, Pid, Refusal, RestoreError, Restorer, Skeleton, Target, TargetError, args, registry};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair};
 
@@ -35,6 +37,21 @@ impl UserfaultRestorer {
             underneath: underneath.map(|make| make()),
             pager: Rc::default(),
             affinity: sched_getaffinity(nix::unistd::Pid::from_raw(0)).ok(),
+        }
+    }
+
+    /// Why the pager gave up, if it did: the cause of what went wrong in a restore that failed.
+    pub fn failure(&self) -> Option<String> {
+        let pager = self.pager.borrow();
+        let pager = pager.as_ref()?;
+        // It may have done so in this very moment.
+        let mut ready = [PollFd::new(pager.fd(), PollFlags::POLLIN)];
+        if !matches!(poll(&mut ready, PollTimeout::from(200u16)), Ok(1..)) {
+            return None;
+        }
+        match pager.hear() {
+            Heard::Told(Told::Failed(why)) => Some(why),
+            _ => None,
         }
     }
 
@@ -87,6 +104,11 @@ pub enum Told {
     Failed(String),
 }
 
+enum Heard {
+    Prepared,
+    Told(Told),
+}
+
 impl Pager {
     /// Becomes readable when it has something to tell.
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -95,6 +117,14 @@ impl Pager {
 
     /// What it has to tell, waiting for it.
     pub fn listen(&self) -> Told {
+        loop {
+            if let Heard::Told(told) = self.hear() {
+                return told;
+            }
+        }
+    }
+
+    fn hear(&self) -> Heard {
         let mut bytes = [0u8; 4096];
         let told = loop {
             match recv(self.control.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
@@ -102,16 +132,19 @@ impl Pager {
                 other => break other.unwrap_or(0),
             }
         };
+        if told > 0 && bytes[0] == message::PREPARED {
+            return Heard::Prepared;
+        }
         sys::reap(self.pid);
         let text = |from: usize| String::from_utf8_lossy(&bytes[from..told]).into_owned();
-        match (told > 0).then(|| bytes[0]) {
+        Heard::Told(match (told > 0).then(|| bytes[0]) {
             Some(message::DONE) => match serde_json::from_slice(&bytes[1..told]) {
                 Ok(figures) => Told::Done(Box::new(figures)),
                 Err(error) => Told::Failed(format!("the pager's figures: {error}")),
             },
             Some(message::FAILED | guardian::LOST) => Told::Failed(text(1)),
             _ => Told::Failed("the pager and its guardian ended before all memory was restored".into()),
-        }
+        })
     }
 
     fn send(&self, kind: u8, words: &[u64], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
@@ -124,13 +157,30 @@ impl Pager {
         Ok(())
     }
 
-    fn is_alive(&self) -> bool {
-        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-        let id = Id::Pid(nix::unistd::Pid::from_raw(self.pid.0));
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        matches!(waitid(id, flags), Ok(WaitStatus::StillAlive))
+    /// Waits until it has taken all that was sent to it, and is guarded: from then on it may be lost without harm.
+    fn prepare(&self) -> io::Result<()> {
+        self.send(message::PREPARE, &[], None)?;
+        let mut ready = [PollFd::new(self.control.as_fd(), PollFlags::POLLIN)];
+        let deadline = Instant::now() + PREPARED_WITHIN;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match poll(&mut ready, PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+                Ok(_) => break,
+            }
+        }
+        match self.hear() {
+            Heard::Prepared => Ok(()),
+            Heard::Told(Told::Failed(why)) => Err(io::Error::other(why)),
+            Heard::Told(Told::Done(_)) => Err(io::Error::other("it ended early")),
+        }
     }
 }
+
+/// How long the pager may take to answer before the release.
+const PREPARED_WITHIN: Duration = Duration::from_secs(60);
 
 fn failed(what: &str) -> impl Fn(io::Error) -> RestoreError {
     move |source| RestoreError::Io { what: format!("{NAME}: {what}"), source }
@@ -218,14 +268,8 @@ impl Skeleton for LazySkeleton {
 
     fn release(self: Box<Self>) -> Result<(), RestoreError> {
         let pager = self.pager.borrow();
-        if let Some(pager) = &*pager
-            && !pager.is_alive()
-        {
-            let why = match pager.listen() {
-                Told::Failed(why) => why,
-                Told::Done(_) => "it ended early".into(),
-            };
-            return Err(failed("the pager")(io::Error::other(why)));
+        if let Some(pager) = &*pager {
+            pager.prepare().map_err(failed("the pager"))?;
         }
         self.inner.release()?;
         if let Some(pager) = &*pager {

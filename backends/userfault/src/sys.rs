@@ -34,6 +34,7 @@ const UFFDIO_REGISTER: libc::c_ulong = ioctl_number(3, 0x00, size_of::<Register>
 const UFFDIO_WAKE: libc::c_ulong = ioctl_number(2, 0x02, size_of::<Range>());
 const UFFDIO_COPY: libc::c_ulong = ioctl_number(3, 0x03, size_of::<Copy>());
 const UFFDIO_ZEROPAGE: libc::c_ulong = ioctl_number(3, 0x04, size_of::<ZeroPage>());
+const UFFDIO_POISON: libc::c_ulong = ioctl_number(3, 0x08, size_of::<Poison>());
 
 #[repr(C)]
 struct Api {
@@ -71,6 +72,13 @@ struct ZeroPage {
     zeropage: i64,
 }
 
+#[repr(C)]
+struct Poison {
+    range: Range,
+    mode: u64,
+    updated: i64,
+}
+
 /// `struct uffd_msg`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -87,6 +95,7 @@ const _: () = {
     assert!(UFFDIO_WAKE == 0x8010_aa02);
     assert!(UFFDIO_COPY == 0xc028_aa03);
     assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
+    assert!(UFFDIO_POISON == 0xc020_aa08);
 };
 
 /// What a userfaultfd tells.
@@ -202,6 +211,20 @@ impl Userfault {
         }
     }
 
+    /// Marks a missing page as one that cannot be had (kernel 6.6): a program that touches it gets SIGBUS, a system call
+    /// EFAULT. Returns whether that was possible.
+    pub fn poison(&self, address: u64) -> bool {
+        let mut poison = Poison { range: Range { start: address, len: PAGE_SIZE }, mode: 0, updated: 0 };
+        // SAFETY: the structure is as long as the number says.
+        unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_POISON, &mut poison) == 0 }
+    }
+
+    /// Has all who wait look again: faults that somebody took and did not answer are told once more.
+    pub fn wake_all(&self) {
+        let end_of_user_space: u64 = (1 << 47) - PAGE_SIZE;
+        self.wake(nowhere(), end_of_user_space - nowhere());
+    }
+
     /// Wakes who waits for pages of the range, to look again.
     pub fn wake(&self, start: u64, len: u64) {
         let range = Range { start, len };
@@ -298,7 +321,8 @@ pub fn fork() -> io::Result<Fork> {
 /// closes, the other has or has not, and what is open stays so until both are gone.
 pub fn fork_sharing_descriptors() -> io::Result<Fork> {
     // SAFETY: like fork(2): the child goes on with a copy of our memory. The caller has one thread.
-    match check(unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::SIGCHLD, 0, 0, 0, 0) } as libc::c_int)? {
+    match check(unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::SIGCHLD, 0, 0, 0, 0) } as libc::c_int)?
+    {
         0 => Ok(Fork::Child),
         pid => Ok(Fork::Parent(Pid(pid))),
     }

@@ -14,7 +14,7 @@ use nix::unistd::{ForkResult, fork};
 
 use crate::case::{Case, Checkpoint};
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_WRITE;
 const EXECUTE: i32 = libc::PROT_EXEC;
@@ -48,8 +48,8 @@ pub fn cases() -> Vec<Case> {
 
 /// A mapping of ours, never unmapped.
 #[derive(Clone, Copy)]
-struct Pages {
-    start: *mut u8,
+pub(super) struct Pages {
+    pub(super) start: *mut u8,
 }
 
 impl Pages {
@@ -63,19 +63,19 @@ impl Pages {
         Ok(Pages { start: start.cast() })
     }
 
-    fn anonymous(pages: usize) -> Result<Pages, String> {
+    pub(super) fn anonymous(pages: usize) -> Result<Pages, String> {
         Pages::map(pages, READ | WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
     }
 
     /// Fills a page with a pattern that only this `seed` has.
-    fn fill(self, page: usize, seed: u64) {
+    pub(super) fn fill(self, page: usize, seed: u64) {
         for at in 0..PAGE / 8 {
             // SAFETY: within the mapping, aligned, and the caller has made the page writable.
             unsafe { self.start.add(page * PAGE).cast::<u64>().add(at).write_volatile(pattern(seed, at)) };
         }
     }
 
-    fn expect(self, page: usize, seed: u64, what: &str) -> Result<(), String> {
+    pub(super) fn expect(self, page: usize, seed: u64, what: &str) -> Result<(), String> {
         for at in 0..PAGE / 8 {
             // SAFETY: within the mapping, aligned, and the caller has made the page readable.
             let found = unsafe { self.start.add(page * PAGE).cast::<u64>().add(at).read_volatile() };
@@ -92,30 +92,30 @@ impl Pages {
         unsafe { &*self.start.add(page * PAGE).cast::<AtomicU32>() }
     }
 
-    fn protect(self, page: usize, pages: usize, protection: i32) -> Result<(), String> {
+    pub(super) fn protect(self, page: usize, pages: usize, protection: i32) -> Result<(), String> {
         // SAFETY: changes pages of this mapping only.
         let result = unsafe { libc::mprotect(self.start.add(page * PAGE).cast(), pages * PAGE, protection) };
         if result == 0 { Ok(()) } else { Err(format!("mprotect: {}", io::Error::last_os_error())) }
     }
 
-    fn advise(self, page: usize, pages: usize, advice: i32) -> Result<(), String> {
+    pub(super) fn advise(self, page: usize, pages: usize, advice: i32) -> Result<(), String> {
         // SAFETY: advice used here takes no data away.
         let result = unsafe { libc::madvise(self.start.add(page * PAGE).cast(), pages * PAGE, advice) };
         if result == 0 { Ok(()) } else { Err(format!("madvise {advice}: {}", io::Error::last_os_error())) }
     }
 
-    fn address(self) -> u64 {
+    pub(super) fn address(self) -> u64 {
         self.start as u64
     }
 }
 
 /// Seed 0 stands for zeros.
-fn pattern(seed: u64, at: usize) -> u64 {
+pub(super) fn pattern(seed: u64, at: usize) -> u64 {
     seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed.min(1) * at as u64)
 }
 
 /// How a child ends that does this.
-fn in_child(work: impl FnOnce() -> i32) -> Result<WaitStatus, String> {
+pub(super) fn in_child(work: impl FnOnce() -> i32) -> Result<WaitStatus, String> {
     // SAFETY: subjects that use this have one thread.
     match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
         ForkResult::Child => {
@@ -163,7 +163,7 @@ fn flags_at(address: u64) -> Result<String, String> {
     Err(format!("there is no mapping at {address:#x}"))
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, before: T, after: T) -> Result<(), String> {
+pub(super) fn same<T: PartialEq + std::fmt::Debug>(what: &str, before: T, after: T) -> Result<(), String> {
     if before == after { Ok(()) } else { Err(format!("{what}: was {before:?}, is {after:?}")) }
 }
 

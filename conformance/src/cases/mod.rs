@@ -30,6 +30,7 @@ mod terminals;
 mod timerfd;
 mod timers;
 mod unix_sockets;
+mod untouched;
 
 /// Every case. A new file is a `mod` line above and a line here, both sorted.
 pub fn all() -> Vec<Case> {
@@ -62,6 +63,7 @@ pub fn all() -> Vec<Case> {
         timerfd::cases,
         timers::cases,
         unix_sockets::cases,
+        untouched::cases,
     ];
     files.iter().flat_map(|cases| cases()).collect()
 }
