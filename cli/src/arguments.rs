@@ -67,6 +67,7 @@ pub enum Verb {
     Check(crate::check::Check),
     Backends(crate::backends::Backends),
     Demo(crate::demo::Demo),
+    WorkingSet(crate::working_set::WorkingSet),
     #[command(hide = true)]
     DemoProgram(crate::demo::DemoProgram),
     #[command(hide = true)]

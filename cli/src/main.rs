@@ -19,6 +19,7 @@ mod show;
 mod supervise;
 #[allow(unsafe_code)]
 mod sys;
+mod working_set;
 
 use std::process::ExitCode;
 
@@ -27,7 +28,6 @@ use arguments::{Arguments, Verb};
 // A backend registers itself when its crate is linked, and a crate that nobody names is not.
 use ckpt_preload as _;
 use ckpt_ptrace as _;
-use ckpt_userfault as _;
 
 fn main() -> ExitCode {
     failure::catch_bugs();
@@ -52,6 +52,7 @@ fn verb(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Show(verb) => show::run(verb),
         Verb::Check(verb) => check::run(backend, verb),
         Verb::Backends(verb) => backends::run(backend, verb),
+        Verb::WorkingSet(verb) => working_set::run(verb),
         Verb::Demo(verb) => demo::run(backend, verb),
         Verb::DemoProgram(verb) => demo::program(verb),
         Verb::Completions(verb) => completions::run(verb),

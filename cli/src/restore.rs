@@ -16,7 +16,7 @@ use ckpt_core::resource::cgroups;
 use ckpt_core::restore::prepare;
 use ckpt_core::{Pid, RestoreError, Restorer};
 
-use ckpt_userfault::{Figures, OnLoss, Pager, Told, UserfaultRestorer};
+use ckpt_userfault::{Figures, OnLoss, Pager, Told, UserfaultRestorer, WorkingSetUse};
 
 use crate::failure::Usage;
 use crate::progress::Bar;
@@ -66,6 +66,15 @@ pub struct Restore {
     #[arg(long, requires = "detach", help_heading = LAZY)]
     json: bool,
 
+    /// Note which pages are touched first, for so many seconds or until `ckpt working-set stop`; the next restore
+    /// brings them in before the release
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, help_heading = LAZY)]
+    record_working_set: Option<Option<u64>>,
+
+    /// Do not bring in the recorded working set before the release
+    #[arg(long, conflicts_with = "record_working_set", help_heading = LAZY)]
+    ignore_working_set: bool,
+
     /// Bring in only what is asked for: for tests
     #[arg(long, hide = true, help_heading = LAZY)]
     no_sweep: bool,
@@ -87,10 +96,24 @@ enum Loss {
     Stop,
 }
 
+impl Restore {
+    fn working_set(&self) -> anyhow::Result<WorkingSetUse> {
+        if self.ignore_working_set {
+            return Ok(WorkingSetUse::Ignore);
+        }
+        // The pager works in another directory.
+        let Ok(image) = self.directory.canonicalize() else { return Ok(WorkingSetUse::Ignore) };
+        let Some(within) = self.record_working_set else { return Ok(WorkingSetUse::Use { image }) };
+        nix::unistd::access(&image, nix::unistd::AccessFlags::W_OK)
+            .map_err(|errno| anyhow::anyhow!("no working set can be recorded in {}: {errno}", image.display()))?;
+        Ok(WorkingSetUse::Record { image, within: within.map(Duration::from_secs) })
+    }
+}
+
 /// The restorer, and the same as what it is where its memory follows.
 enum Way {
     Plain(Box<dyn Restorer>),
-    Lazy(UserfaultRestorer),
+    Lazy(Box<UserfaultRestorer>),
 }
 
 impl Way {
@@ -98,16 +121,22 @@ impl Way {
         let plain = backends::restorer(backend)?;
         if backend == Some("userfault") {
             let defaults = ckpt_userfault::Options { begun, ..Default::default() };
-            return Ok(Way::Lazy(UserfaultRestorer::new(ckpt_userfault::Options {
+            return Ok(Way::Lazy(Box::new(UserfaultRestorer::new(ckpt_userfault::Options {
                 on_loss: match verb.on_pager_loss {
                     Some(Loss::Stop) => OnLoss::Stop,
                     _ => OnLoss::Kill,
                 },
                 sweep: !verb.no_sweep,
+                working_set: verb.working_set()?,
                 ..defaults
-            })));
+            }))));
         }
-        let lazy = [("--on-pager-loss", verb.on_pager_loss.is_some()), ("--json", verb.json)];
+        let lazy = [
+            ("--on-pager-loss", verb.on_pager_loss.is_some()),
+            ("--json", verb.json),
+            ("--record-working-set", verb.record_working_set.is_some()),
+            ("--ignore-working-set", verb.ignore_working_set),
+        ];
         if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given) {
             return Err(Usage(format!("{option} goes with --backend userfault")).into());
         }
@@ -117,7 +146,7 @@ impl Way {
     fn restorer(&self) -> &dyn Restorer {
         match self {
             Way::Plain(restorer) => &**restorer,
-            Way::Lazy(restorer) => restorer,
+            Way::Lazy(restorer) => &**restorer,
         }
     }
 
@@ -171,7 +200,7 @@ impl Chore for Listening {
 /// The figures of a lazy restore in a line.
 fn in_words(figures: &Figures) -> String {
     let pages = &figures.pages;
-    format!(
+    let mut text = format!(
         "all memory is there after {}: {} pages before the release, {} by {} faults (median {:.0} us, 99 % within {:.0} us), \
          {} in the background",
         human::duration(Duration::from_micros(figures.complete_us)),
@@ -181,7 +210,21 @@ fn in_words(figures: &Figures) -> String {
         figures.fault_latency_us.p50,
         figures.fault_latency_us.p99,
         pages.sweep,
-    )
+    );
+    if pages.working_set > 0 {
+        text += &format!(", {} of the working set", pages.working_set);
+    }
+    if let Some(recorded) = &figures.recorded {
+        text += &format!("; recorded a working set of {} pages", recorded.pages);
+        if let Some(before) = &recorded.before {
+            let (rate, wasted) = (before.hit_rate, before.wasted);
+            text += &format!(", of which the one before had {rate:.1} %, and {wasted} pages for nothing");
+        }
+    }
+    if let Some(trouble) = &figures.working_set_trouble {
+        text += &format!("; {trouble}");
+    }
+    text
 }
 
 pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {

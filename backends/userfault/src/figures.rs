@@ -20,6 +20,33 @@ pub struct Figures {
     /// From when the pager learned of a fault until it had put the page there.
     pub fault_latency_us: Percentiles,
     pub pages: Sources,
+    /// How long it took to bring in the working set, before the release.
+    pub working_set_us: u64,
+    /// Why a working set that is there was not used, or was not recorded.
+    pub working_set_trouble: Option<String>,
+    /// Of a recording.
+    pub recorded: Option<Recorded>,
+}
+
+/// What a recording of the working set found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Pages that were touched.
+    pub pages: u64,
+    /// Beside the working set that was recorded before.
+    pub before: Option<Compared>,
+}
+
+/// How good a working set would have been.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Compared {
+    pub pages: u64,
+    /// Of the touched pages, those that it has.
+    pub hits: u64,
+    /// Hits, of all that was touched, in percent.
+    pub hit_rate: f64,
+    /// Pages that it has for nothing.
+    pub wasted: u64,
 }
 
 /// Of a number of measurements; all 0 where there was none.
@@ -36,6 +63,8 @@ pub struct Percentiles {
 pub struct Sources {
     /// Before the release, as they are few or must be there (locked memory, changed pages of files).
     pub eager: u64,
+    /// Of the working set, before the release.
+    pub working_set: u64,
     /// A thread waited for them.
     pub fault: u64,
     /// Beside a page that a thread waited for.

@@ -18,6 +18,7 @@ use std::time::Duration;
 use ckpt_core::Pid;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::MsgFlags;
 
 use crate::OnLoss;
 use crate::sys::{self, Event, SharedWords, Userfault};
@@ -95,15 +96,18 @@ fn guard(guarded: &Guarded<'_>) {
         return;
     }
     let signal = guarded.on_loss.signal();
-    let everyone = || guarded.members.iter().map(|member| member.as_raw_fd()).chain(guarded.notes.members());
-    for member in everyone() {
-        sys::pidfd_send_signal(member, signal);
-    }
     let done = if signal == libc::SIGKILL { "killed" } else { "stopped" };
     let text = format!("the pager ended before all memory was restored: the processes were {done}");
+    // Told first, so that the command that sees the tree end knows why. Nothing can go wrong meanwhile: who touches a missing
+    // page waits.
     let mut message = vec![LOST];
     message.extend_from_slice(text.as_bytes());
-    let _ = nix::sys::socket::send(guarded.control.as_raw_fd(), &message, nix::sys::socket::MsgFlags::MSG_NOSIGNAL);
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let _ = nix::sys::socket::send(guarded.control.as_raw_fd(), &message, flags);
+    let members = guarded.members.iter().map(|member| member.as_raw_fd());
+    for member in members.chain(guarded.notes.members()) {
+        sys::pidfd_send_signal(member, signal);
+    }
     sys::log_error(&text);
     hold_until_gone(signal);
 }

@@ -25,14 +25,17 @@ mod restorer;
 mod source;
 #[allow(unsafe_code)]
 mod sys;
+mod working_set;
 
-use std::time::Instant;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use ckpt_core::resource::memory::{Mapping, Memory, Source};
 use ckpt_core::{Backend, Capability, inventory, resource};
 
-pub use figures::{Figures, Percentiles, Sources};
+pub use figures::{Compared, Figures, Percentiles, Recorded, Sources};
 pub use restorer::{Pager, Told, UserfaultRestorer};
+pub use working_set::{WorkingSet, stop_recording};
 
 inventory::submit! {
     Backend {
@@ -68,13 +71,37 @@ pub struct Options {
     pub sweep: bool,
     /// Mappings with at most so many saved pages are filled before the release: a fault costs as much as ten pages.
     pub eager_pages: u64,
+    /// What to do with the working set of the image.
+    pub working_set: WorkingSetUse,
     /// When the restore began, for the figures.
     pub begun: Instant,
 }
 
+/// What to do with the working set of an image, which is a file in its directory. Paths are absolute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WorkingSetUse {
+    Ignore,
+    /// Bring it in before the release, if there is one.
+    Use {
+        image: PathBuf,
+    },
+    /// Note which pages are touched from the release on, for as long as this, or until [`stop_recording`]. Meanwhile
+    /// nothing else is brought in. One that was there before is not used, but compared.
+    Record {
+        image: PathBuf,
+        within: Option<Duration>,
+    },
+}
+
 impl Default for Options {
     fn default() -> Options {
-        Options { on_loss: OnLoss::Kill, sweep: true, eager_pages: 16, begun: Instant::now() }
+        Options {
+            on_loss: OnLoss::Kill,
+            sweep: true,
+            eager_pages: 16,
+            working_set: WorkingSetUse::Ignore,
+            begun: Instant::now(),
+        }
     }
 }
 

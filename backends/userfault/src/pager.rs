@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use ckpt_core::procfs::ProcDir;
@@ -20,12 +21,13 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-use crate::figures::{Figures, Histogram};
+use crate::figures::{Compared, Figures, Histogram, Recorded};
 use crate::guardian::{self, Guarded, LastLine, Notes};
 use crate::outstanding::{Outstanding, Run};
 use crate::source::{Checksums, PageFile, Source};
 use crate::sys::{self, Event, Obstacle, Userfault};
-use crate::{Options, lazy_mappings};
+use crate::working_set::{Recording, WorkingSet};
+use crate::{Options, WorkingSetUse, lazy_mappings};
 
 /// Pages that one step of the sweep brings in: 64 KiB. An answer to a fault may have to wait for as long as that takes.
 const STEP: u64 = 16;
@@ -119,6 +121,7 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
         last_line,
         guardian: None,
         buffer: vec![0; (STEP * PAGE_SIZE) as usize],
+        recorder: None,
         latencies: Histogram::new(),
         figures: Figures::default(),
     }));
@@ -154,6 +157,8 @@ struct Space {
     announced: u64,
     /// Whose it is: of a process that the tree made since, not known until it touches a missing page.
     pid: Option<Pid>,
+    /// Its index in the image.
+    process: Option<usize>,
     /// What a child of it finds as zeros, as it was when it was forked itself (`MADV_WIPEONFORK`).
     wiped: Vec<(u64, u64)>,
 }
@@ -161,9 +166,18 @@ struct Space {
 /// Why a page is brought in.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reason {
+    WorkingSet,
     Fault,
     Around,
     Sweep,
+}
+
+/// The recording of a working set.
+struct Recorder {
+    image: PathBuf,
+    until: Option<Instant>,
+    touched: WorkingSet,
+    _note: Recording,
 }
 
 struct Pager<'a> {
@@ -192,6 +206,7 @@ struct Pager<'a> {
     last_line: Option<LastLine>,
     guardian: Option<(Pid, OwnedFd)>,
     buffer: Vec<u8>,
+    recorder: Option<Recorder>,
     latencies: Histogram,
     figures: Figures,
 }
@@ -203,14 +218,20 @@ impl Pager<'_> {
             if self.released.is_some() && self.spaces.iter().all(Option::is_none) {
                 return self.finish();
             }
+            self.sweep |= sys::sweep_signal_came();
+            if self.recorder.as_ref().is_some_and(|it| it.until.is_some_and(|until| until <= Instant::now()))
+                || sys::sweep_signal_came()
+            {
+                self.end_recording();
+            }
             let busy = self.may_sweep() && !self.stuck;
             let patience = match (busy, self.stuck || !self.deferred.is_empty()) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, true) => EpollTimeout::from(1u8),
+                (false, false) if self.recorder.is_some() => EpollTimeout::from(20u8),
                 (false, false) => EpollTimeout::from(500u16),
             };
             self.stuck = false;
-            self.sweep |= sys::sweep_signal_came();
             let count = match self.epoll.wait(&mut ready, patience) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => 0,
@@ -237,10 +258,11 @@ impl Pager<'_> {
     }
 
     fn may_sweep(&self) -> bool {
-        self.released.is_some() && self.sweep && self.spaces.iter().any(Option::is_some)
+        self.released.is_some() && self.sweep && self.recorder.is_none() && self.spaces.iter().any(Option::is_some)
     }
 
     fn finish(&mut self) -> Result<(), String> {
+        self.end_recording();
         self.notes.set_done();
         if let Some(last_line) = &mut self.last_line {
             last_line.disarm();
@@ -287,15 +309,22 @@ impl Pager<'_> {
                         left.add(Run { start: run.start, first: run.extent.first, pages: run.extent.pages });
                     }
                 }
-                self.add_space(fd, left, Some(self.pids[process]), Vec::new())
+                self.add_space(fd, left, Some(process), Vec::new())
             }
             (message::PREPARE, _) => {
+                self.bring_working_set()?;
+                self.begin_recording();
                 tell(self.control.as_raw_fd(), message::PREPARED, "");
                 Ok(())
             }
             (message::RELEASED, _) => {
                 self.figures.release_us = word(8);
-                self.released.get_or_insert_with(Instant::now);
+                let released = *self.released.get_or_insert_with(Instant::now);
+                if let (Some(recorder), WorkingSetUse::Record { within, .. }) =
+                    (&mut self.recorder, &self.options.working_set)
+                {
+                    recorder.until = within.map(|within| released + within);
+                }
                 Ok(())
             }
             // The command is gone. If that was before the release, so is the tree, or soon; but whether it was, we cannot
@@ -312,16 +341,91 @@ impl Pager<'_> {
         &mut self,
         fd: OwnedFd,
         left: Outstanding,
-        pid: Option<Pid>,
+        process: Option<usize>,
         wiped: Vec<(u64, u64)>,
     ) -> Result<(), String> {
         let fault = Userfault::from_fd(fd);
         let token = self.spaces.len() as u64;
+        let pid = process.and_then(|process| self.pids.get(process).copied());
         let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
         self.epoll.add(fault.fd(), event).map_err(|errno| format!("watching a userfaultfd: {errno}"))?;
-        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, pid, wiped }));
+        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, pid, process, wiped }));
         self.close_if_done(token as usize);
         Ok(())
+    }
+
+    // --- the working set ---
+
+    /// Brings in what was touched first the last time.
+    fn bring_working_set(&mut self) -> Result<(), String> {
+        let WorkingSetUse::Use { image } = &self.options.working_set else { return Ok(()) };
+        let begun = Instant::now();
+        let set = match WorkingSet::load(image) {
+            Ok(Some(set)) => set,
+            Ok(None) => return Ok(()),
+            Err(why) => {
+                self.figures.working_set_trouble = Some(why);
+                return Ok(());
+            }
+        };
+        // Where the pages of the page file belong: number, how many, address, space.
+        let mut places = Vec::new();
+        for (index, space) in self.spaces.iter().enumerate() {
+            let Some(process) = space.as_ref().and_then(|space| space.process) else { continue };
+            for run in lazy_mappings(self.memories[process], self.options).flat_map(|mapping| &mapping.pages) {
+                places.push((run.extent.first, run.extent.pages, run.start, index));
+            }
+        }
+        places.sort_unstable();
+        for (first, pages) in set.sorted() {
+            let from = places.partition_point(|(start, length, ..)| start + length <= first);
+            for &(start, length, address, index) in &places[from..] {
+                let (mut page, end) = (start.max(first), (start + length).min(first + pages));
+                if start >= first + pages {
+                    break;
+                }
+                while page < end {
+                    let run =
+                        Run { start: address + (page - start) * PAGE_SIZE, first: page, pages: STEP.min(end - page) };
+                    self.bring(index, run, Reason::WorkingSet)?;
+                    page += run.pages;
+                }
+            }
+        }
+        for index in 0..self.spaces.len() {
+            self.close_if_done(index);
+        }
+        self.figures.working_set_us = begun.elapsed().as_micros() as u64;
+        Ok(())
+    }
+
+    fn begin_recording(&mut self) {
+        let WorkingSetUse::Record { image, .. } = &self.options.working_set else { return };
+        // Not to be able to record is no reason to end the tree.
+        let note = match Recording::begin(image) {
+            Ok(note) => note,
+            Err(error) => {
+                self.figures.working_set_trouble = Some(format!("recording in {}: {error}", image.display()));
+                return;
+            }
+        };
+        self.recorder =
+            Some(Recorder { image: image.clone(), until: None, touched: WorkingSet::default(), _note: note });
+    }
+
+    fn end_recording(&mut self) {
+        let Some(recorder) = self.recorder.take() else { return };
+        let touched = recorder.touched;
+        let before = WorkingSet::load(&recorder.image).ok().flatten().map(|before| {
+            let (pages, hits) = (before.pages(), before.shared(&touched));
+            let hit_rate = 100.0 * hits as f64 / touched.pages().max(1) as f64;
+            Compared { pages, hits, hit_rate, wasted: pages - hits }
+        });
+        self.figures.recorded = Some(Recorded { pages: touched.pages(), before });
+        if let Err(error) = touched.store(&recorder.image) {
+            let text = format!("writing the working set of {}: {error}", recorder.image.display());
+            self.figures.working_set_trouble = Some(text);
+        }
     }
 
     // --- the guardian ---
@@ -400,7 +504,9 @@ impl Pager<'_> {
             Some(run) => {
                 let step = STEP * PAGE_SIZE;
                 let window = address / step * step;
-                if self.sweep {
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.touched.push(run.first);
+                } else if self.sweep {
                     self.hot.push_back((index, window, window + step));
                 }
                 self.bring(index, run, Reason::Fault)?
@@ -445,6 +551,7 @@ impl Pager<'_> {
             let copied = space.left.take(rest.start, rest.start + bytes);
             done += bytes / PAGE_SIZE;
             match reason {
+                Reason::WorkingSet => self.figures.pages.working_set += copied,
                 Reason::Fault => self.figures.pages.fault += copied,
                 Reason::Around => self.figures.pages.around += copied,
                 Reason::Sweep => self.figures.pages.sweep += copied,

@@ -292,6 +292,14 @@ impl Companion {
         Companion::start(command)
     }
 
+    /// A Python program, in a directory.
+    pub fn python(program: &str, directory: &Path) -> Companion {
+        let mut command = Command::new("/usr/bin/python3");
+        command.arg("-c").arg(program).current_dir(directory).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Companion::start(command)
+    }
+
     pub fn pid(&self) -> Pid {
         Pid(self.0.id() as i32)
     }

@@ -23,7 +23,12 @@ const REFUSED_FLAGS: &[(&str, &str, &str)] = &[
     ("ht", "huge-page memory (hugetlb) is not supported", "use transparent huge pages"),
     ("io", "memory of a device is not supported", "have the program release the device before the dump"),
     ("pf", "memory of a device is not supported", "have the program release the device before the dump"),
-    ("um", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
+    (
+        "um",
+        "memory registered with userfaultfd is not supported",
+        "have the program close its userfaultfd; or, if it was restored with its memory to follow, wait until all of its \
+         memory is there",
+    ),
     ("uw", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
     ("ui", "memory registered with userfaultfd is not supported", "have the program close its userfaultfd"),
     ("ss", "shadow stacks are not supported", "start the program without GLIBC_TUNABLES=glibc.cpu.x86_shstk"),

@@ -1,0 +1,175 @@
+//! `--backend userfault restore`: what a user sees of a restore whose memory follows.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use ckpt_core::Pid;
+use ckpt_core::procfs::ProcDir;
+use common::*;
+
+/// The names in a directory that are numbers.
+fn numbers_in(directory: &Path) -> Vec<i32> {
+    names(directory).iter().filter_map(|name| name.parse().ok()).collect()
+}
+
+/// 16 MiB of memory that a program checks whenever it is told to, and says so.
+const PROGRAM: &str = r#"
+import os, time
+memory = bytearray(16 << 20)
+for at in range(0, len(memory), 4096):
+    memory[at:at + 8] = at.to_bytes(8, "little")
+open("ready", "w").close()
+turn = 0
+while True:
+    turn += 1
+    while not os.path.exists("check-%d" % turn):
+        open("beat", "w").close()
+        time.sleep(0.002)
+    good = all(int.from_bytes(memory[at:at + 8], "little") == at for at in range(0, len(memory), 4096))
+    open("checked-%d" % turn, "w").write("good" if good else "bad")
+"#;
+
+fn dumped(workshop: &Workshop) -> Pid {
+    let mut program = Companion::python(PROGRAM, workshop.path());
+    wait_until("the program is ready", || workshop.path().join("ready").exists());
+    run(&mut dump(program.pid(), &workshop.image(), &[])).assert_done();
+    let pid = program.pid();
+    assert!(!end_of(&mut program.0).success(), "it was killed");
+    pid
+}
+
+fn restore(workshop: &Workshop, more: &[&str]) -> std::process::Command {
+    let mut command = ckpt(["--backend", "userfault", "restore", "-D"]);
+    command.arg(workshop.image()).args(more).current_dir(workshop.path());
+    command
+}
+
+/// Whether memory of a process is registered with a userfaultfd.
+fn misses_memory(pid: Pid) -> bool {
+    let smaps = ProcDir::open(pid).and_then(|proc| proc.read("smaps")).unwrap_or_default();
+    let all = ckpt_core::procfs::Mapping::parse_all(&smaps).unwrap_or_default();
+    all.iter().any(|mapping| mapping.has("um"))
+}
+
+fn check(workshop: &Workshop, turn: usize) {
+    fs::write(workshop.path().join(format!("check-{turn}")), "").unwrap();
+    let answer = workshop.path().join(format!("checked-{turn}"));
+    wait_until("the program has checked", || fs::read_to_string(&answer).is_ok_and(|text| !text.is_empty()));
+    assert_eq!(fs::read_to_string(&answer).unwrap(), "good");
+}
+
+#[test]
+fn figures_come_when_all_memory_is_there() {
+    let workshop = Workshop::new();
+    let pid = dumped(&workshop);
+    let outcome = run(&mut restore(&workshop, &["-d", "--json"]));
+    outcome.assert_done();
+    let figures: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+    let number =
+        |path: &str| figures.pointer(path).and_then(serde_json::Value::as_f64).unwrap_or_else(|| panic!("{path}"));
+    assert!(number("/pages/sweep") + number("/pages/fault") + number("/pages/around") >= 4096.0, "{figures}");
+    assert!(number("/release_us") > 0.0 && number("/complete_us") > number("/release_us"), "{figures}");
+    assert!(!misses_memory(pid), "nothing of it is left to be seen");
+    let fds = numbers_in(Path::new(&format!("/proc/{pid}/fd")));
+    assert!(fds.iter().all(|&fd| fd <= 2), "{fds:?}");
+    check(&workshop, 1);
+    kill(pid, libc::SIGKILL);
+}
+
+#[test]
+fn a_tree_whose_memory_is_still_missing_is_not_dumped() {
+    let workshop = Workshop::new();
+    let pid = dumped(&workshop);
+    run(&mut restore(&workshop, &["-d", "--no-sweep"])).assert_done();
+    assert!(misses_memory(pid));
+    let again = workshop.path().join("again");
+    let outcome = run(&mut dump(pid, &again, &[]));
+    assert_eq!(outcome.code(), Some(REFUSED), "{outcome:#?}");
+    assert!(outcome.errors[0].contains("until all of its memory is there"), "{outcome:#?}");
+    check(&workshop, 1);
+    kill(pid, libc::SIGKILL);
+}
+
+#[test]
+fn a_lost_pager_is_reported_and_ends_the_tree() {
+    let workshop = Workshop::new();
+    let pid = dumped(&workshop);
+    let running = start(&mut restore(&workshop, &["--no-sweep"]));
+    let _ = fs::remove_file(workshop.path().join("beat"));
+    wait_until("it runs", || workshop.path().join("beat").exists());
+    assert!(misses_memory(pid));
+    let command = running.child.id();
+    let is_pager = |pid: &Pid| {
+        let stat = ProcDir::open(*pid).and_then(|proc| proc.stat_line());
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        stat.is_ok_and(|stat| stat.ppid.0 as u32 == command) && name.trim_end() == "ckpt-pager"
+    };
+    let pagers: Vec<Pid> = numbers_in(Path::new("/proc")).into_iter().map(Pid).filter(is_pager).collect();
+    assert_eq!(pagers.len(), 1, "the pager is a child of the command");
+    kill(pagers[0], libc::SIGKILL);
+    let outcome = running.wait();
+    assert_eq!(outcome.signal(), Some(libc::SIGKILL), "{outcome:#?}");
+    assert!(outcome.errors.iter().any(|line| line.contains("before all memory was restored")), "{outcome:#?}");
+}
+
+#[test]
+fn a_recorded_working_set_saves_the_faults_of_the_next_time() {
+    let workshop = Workshop::new();
+    let pid = dumped(&workshop);
+    let restored = |more: &[&str], turn: usize, before_the_end: &dyn Fn()| -> serde_json::Value {
+        let running = start(&mut restore(&workshop, &[&["-d", "--json", "--pidfile", "pid"], more].concat()));
+        wait_until("it is back", || workshop.path().join("pid").exists());
+        fs::remove_file(workshop.path().join("pid")).unwrap();
+        let _ = fs::remove_file(workshop.path().join(format!("checked-{turn}")));
+        check(&workshop, turn);
+        fs::remove_file(workshop.path().join(format!("check-{turn}"))).unwrap();
+        before_the_end();
+        // The figures come when the memory is there, or nobody is left who could want it.
+        kill(pid, libc::SIGKILL);
+        let outcome = running.wait();
+        outcome.assert_done();
+        wait_until("it is gone", || {
+            ProcDir::open(pid).and_then(|proc| proc.stat_line()).is_ok_and(|it| it.state == 'Z')
+                || ProcDir::open(pid).is_err()
+        });
+        serde_json::from_str(&outcome.out).unwrap()
+    };
+    let number = |figures: &serde_json::Value, path: &str| figures.pointer(path).unwrap().as_f64().unwrap();
+
+    let plain = restored(&["--no-sweep"], 1, &|| {});
+    assert!(number(&plain, "/faults") > 4096.0, "{plain}");
+    let recorded = restored(&["--record-working-set"], 1, &|| {
+        run(ckpt(["working-set", "stop", "-D"]).arg(workshop.image())).assert_done();
+    });
+    assert!(number(&recorded, "/recorded/pages") > 4096.0, "{recorded}");
+    let used = restored(&["--no-sweep"], 1, &|| {});
+    assert!(number(&used, "/pages/working_set") > 4096.0, "{used}");
+    assert!(number(&used, "/faults") * 20.0 < number(&plain, "/faults"), "95 % fewer: {used}");
+    let ignored = restored(&["--no-sweep", "--ignore-working-set"], 1, &|| {});
+    assert_eq!(number(&ignored, "/pages/working_set"), 0.0, "{ignored}");
+
+    // A damaged one is a hint that is not taken.
+    let file = workshop.image().join("working-set");
+    let mut bytes = fs::read(&file).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let damaged = restored(&["--no-sweep"], 1, &|| {});
+    assert_eq!(number(&damaged, "/pages/working_set"), 0.0, "{damaged}");
+    assert!(damaged["working_set_trouble"].as_str().unwrap().contains("not used"), "{damaged}");
+
+    let nothing = run(ckpt(["working-set", "stop", "-D"]).arg(workshop.image()));
+    nothing.assert_error(FAILED, &["no recording"]);
+}
+
+#[test]
+fn its_options_are_of_no_use_to_others() {
+    let workshop = Workshop::new();
+    for options in [&["--on-pager-loss", "stop"][..], &["-d", "--json"], &["--record-working-set"]] {
+        let mut command = ckpt(["restore", "-D"]);
+        let outcome = run(command.arg(workshop.path()).args(options));
+        outcome.assert_error(BAD_USAGE, &["--backend userfault"]);
+    }
+}
