@@ -68,6 +68,7 @@ pub enum Verb {
     Backends(crate::backends::Backends),
     Demo(crate::demo::Demo),
     WorkingSet(crate::working_set::WorkingSet),
+    PageServer(crate::page_server::PageServer),
     #[command(hide = true)]
     DemoProgram(crate::demo::DemoProgram),
     #[command(hide = true)]

@@ -12,6 +12,7 @@ mod failure;
 mod human;
 mod man;
 mod output;
+mod page_server;
 mod progress;
 mod restore;
 mod run;
@@ -52,6 +53,7 @@ fn verb(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Show(verb) => show::run(verb),
         Verb::Check(verb) => check::run(backend, verb),
         Verb::Backends(verb) => backends::run(backend, verb),
+        Verb::PageServer(verb) => page_server::run(verb),
         Verb::WorkingSet(verb) => working_set::run(verb),
         Verb::Demo(verb) => demo::run(backend, verb),
         Verb::DemoProgram(verb) => demo::program(verb),

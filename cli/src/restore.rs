@@ -14,9 +14,10 @@ use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::cgroups;
 use ckpt_core::restore::prepare;
+use ckpt_core::store::ImageReader;
 use ckpt_core::{Pid, RestoreError, Restorer};
 
-use ckpt_userfault::{Figures, OnLoss, Pager, Told, UserfaultRestorer, WorkingSetUse};
+use ckpt_userfault::{Figures, OnLoss, Pager, PagesFrom, Stub, Token, Told, UserfaultRestorer, WorkingSetUse};
 
 use crate::failure::Usage;
 use crate::progress::Bar;
@@ -75,6 +76,18 @@ pub struct Restore {
     #[arg(long, conflicts_with = "record_working_set", help_heading = LAZY)]
     ignore_working_set: bool,
 
+    /// Get the image from a page server: -D is its name there
+    #[arg(long, value_name = "HOST:PORT", requires = "token_file", conflicts_with = "record_working_set", help_heading = LAZY)]
+    pages_from: Option<String>,
+
+    /// The file with the secret of the page server
+    #[arg(long, value_name = "FILE", requires = "pages_from", help_heading = LAZY)]
+    token_file: Option<PathBuf>,
+
+    /// How long the page server may be gone before the tree is given up (30)
+    #[arg(long, value_name = "SECONDS", requires = "pages_from", help_heading = LAZY)]
+    pages_timeout: Option<u64>,
+
     /// Bring in only what is asked for: for tests
     #[arg(long, hide = true, help_heading = LAZY)]
     no_sweep: bool,
@@ -97,8 +110,19 @@ enum Loss {
 }
 
 impl Restore {
+    fn page_server(&self) -> anyhow::Result<Option<PagesFrom>> {
+        let (Some(address), Some(token)) = (&self.pages_from, &self.token_file) else { return Ok(None) };
+        let image = self.directory.to_str().ok_or_else(|| Usage("the image's name must be UTF-8".into()))?;
+        Ok(Some(PagesFrom {
+            address: address.clone(),
+            image: image.to_string(),
+            token: Token::read(token).map_err(anyhow::Error::msg)?,
+            patience: Duration::from_secs(self.pages_timeout.unwrap_or(30)),
+        }))
+    }
+
     fn working_set(&self) -> anyhow::Result<WorkingSetUse> {
-        if self.ignore_working_set {
+        if self.ignore_working_set || self.pages_from.is_some() {
             return Ok(WorkingSetUse::Ignore);
         }
         // The pager works in another directory.
@@ -128,6 +152,7 @@ impl Way {
                 },
                 sweep: !verb.no_sweep,
                 working_set: verb.working_set()?,
+                pages_from: verb.page_server()?,
                 ..defaults
             }))));
         }
@@ -136,6 +161,7 @@ impl Way {
             ("--json", verb.json),
             ("--record-working-set", verb.record_working_set.is_some()),
             ("--ignore-working-set", verb.ignore_working_set),
+            ("--pages-from", verb.pages_from.is_some()),
         ];
         if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given) {
             return Err(Usage(format!("{option} goes with --backend userfault")).into());
@@ -148,6 +174,24 @@ impl Way {
             Way::Plain(restorer) => &**restorer,
             Way::Lazy(restorer) => &**restorer,
         }
+    }
+
+    /// What stands for an image that a page server has.
+    fn fetch(&self) -> anyhow::Result<Option<Stub>> {
+        let from = match self {
+            Way::Lazy(restorer) => restorer.options().pages_from.as_ref(),
+            Way::Plain(_) => None,
+        };
+        from.map(|from| ckpt_userfault::fetch(from).map_err(anyhow::Error::msg)).transpose()
+    }
+
+    fn fetch_eager(&self, stub: Option<&Stub>, reader: &dyn ImageReader) -> anyhow::Result<()> {
+        if let (Way::Lazy(restorer), Some(stub)) = (self, stub)
+            && let Some(from) = &restorer.options().pages_from
+        {
+            ckpt_userfault::fetch_eager(from, stub, reader, restorer.options()).map_err(anyhow::Error::msg)?;
+        }
+        Ok(())
     }
 
     /// With the cause, where that is what befell the pager.
@@ -232,7 +276,9 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let way = Way::choose(backend, verb, begun)?;
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
     sys::interrupt_on_signals();
-    let reader = ckpt_formats::open(&verb.directory)?;
+    let stub = way.fetch()?;
+    let reader = ckpt_formats::open(stub.as_ref().map_or(&verb.directory, |stub| stub.path()))?;
+    way.fetch_eager(stub.as_ref(), &*reader)?;
     wait_for_the_dead(reader.image());
     let ignore_cgroups = verb.cgroup == Cgroups::Ignore;
     let options = RestoreOptions { shell_job: verb.shell_job, detach: verb.detach, ignore_cgroups };
@@ -266,6 +312,8 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     }
     tracing::info!("process {root} goes on after {}", human::duration(begun.elapsed()));
     drop(reader);
+    // Open files stay.
+    drop(stub);
     let pager = way.pager();
     let Some(signals) = signals else {
         output::tell_apart(

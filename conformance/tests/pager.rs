@@ -348,14 +348,21 @@ impl World<'_> {
     /// Restores in a child, which listens to the pager then, if that is wanted.
     fn restore(&self, listen: bool) -> Result<Child, String> {
         in_child(|| {
-            let restorer = UserfaultRestorer::new(self.options());
-            let reader = ckpt_formats::open(&self.image).map_err(|error| error.to_string())?;
-            let options = RestoreOptions { shell_job: false, detach: true };
-            let restored = ckpt_core::restore::restore(&restorer, &*reader, &options, &mut Silent);
-            restored.map_err(|error| restorer.failure().unwrap_or(error.to_string()))?;
-            match restorer.pager().filter(|_| listen).map(|pager| pager.listen()) {
-                None | Some(Told::Done(_)) => Ok(()),
-                Some(Told::Failed(why)) => Err(why),
+            let begin = Instant::now();
+            loop {
+                let restorer = UserfaultRestorer::new(self.options());
+                let reader = ckpt_formats::open(&self.image).map_err(|error| error.to_string())?;
+                let options = RestoreOptions { shell_job: false, detach: true };
+                match ckpt_core::restore::restore(&restorer, &*reader, &options, &mut Silent) {
+                    Ok(_) => {}
+                    // The kernel lets a process be waited for an instant before the ids of its threads are free.
+                    Err(error) if error.to_string().contains("EEXIST") && begin.elapsed() < DEADLINE => continue,
+                    Err(error) => return Err(restorer.failure().unwrap_or(error.to_string())),
+                }
+                return match restorer.pager().filter(|_| listen).map(|pager| pager.listen()) {
+                    None | Some(Told::Done(_)) => Ok(()),
+                    Some(Told::Failed(why)) => Err(why),
+                };
             }
         })
     }

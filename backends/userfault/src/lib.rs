@@ -19,6 +19,7 @@
 mod figures;
 mod guardian;
 mod outstanding;
+mod page_server;
 mod pager;
 mod probe;
 mod restorer;
@@ -34,6 +35,9 @@ use ckpt_core::resource::memory::{Mapping, Memory, Source};
 use ckpt_core::{Backend, Capability, inventory, resource};
 
 pub use figures::{Compared, Figures, Percentiles, Recorded, Sources};
+pub use page_server::Token;
+pub use page_server::client::{PagesFrom, Stub, fetch, fetch_eager};
+pub use page_server::server::PageServer;
 pub use restorer::{Pager, Told, UserfaultRestorer};
 pub use working_set::{WorkingSet, stop_recording};
 
@@ -73,6 +77,8 @@ pub struct Options {
     pub eager_pages: u64,
     /// What to do with the working set of the image.
     pub working_set: WorkingSetUse,
+    /// A page server, where the page file is only the stub of one ([`fetch`]).
+    pub pages_from: Option<PagesFrom>,
     /// When the restore began, for the figures.
     pub begun: Instant,
 }
@@ -100,6 +106,7 @@ impl Default for Options {
             sweep: true,
             eager_pages: 16,
             working_set: WorkingSetUse::Ignore,
+            pages_from: None,
             begun: Instant::now(),
         }
     }

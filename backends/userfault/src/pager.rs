@@ -24,6 +24,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use crate::figures::{Compared, Figures, Histogram, Recorded};
 use crate::guardian::{self, Guarded, LastLine, Notes};
 use crate::outstanding::{Outstanding, Run};
+use crate::page_server::client::Remote;
 use crate::source::{Checksums, PageFile, Source};
 use crate::sys::{self, Event, Obstacle, Userfault};
 use crate::working_set::{Recording, WorkingSet};
@@ -89,7 +90,10 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
     let pages = reader.pages().as_raw_fd();
     sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
-    let source = PageFile::new(owned(pages), checksums, reader);
+    let source: Box<dyn Source> = match &options.pages_from {
+        Some(from) => Box::new(Remote::new(from.clone(), checksums, reader)),
+        None => Box::new(PageFile::new(owned(pages), checksums, reader)),
+    };
     let control = owned(control);
 
     let pids: Vec<Pid> = image.processes.iter().map(|process| process.task.pid).collect();
@@ -107,7 +111,7 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
         memories: image.processes.iter().map(|process| &process.memory).collect(),
         options,
         sweep: options.sweep,
-        source: Box::new(source),
+        source,
         epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?,
         control,
         spaces: Vec::new(),
@@ -597,6 +601,10 @@ impl Pager<'_> {
         while let Some((index, start, end)) = self.hot.pop_front() {
             let Some(space) = &self.spaces[index] else { continue };
             let Some(run) = space.left.next(start, end, STEP) else { continue };
+            if !self.source.is_ready(run)? {
+                // It comes with the sweep.
+                continue;
+            }
             if run.end() < end {
                 self.hot.push_front((index, run.end(), end));
             }
@@ -623,6 +631,10 @@ impl Pager<'_> {
                     self.source.announce(ahead);
                     space.announced = ahead.end();
                 }
+            }
+            if !self.source.is_ready(run)? {
+                self.stuck = true;
+                return Ok(());
             }
             space.cursor = run.end();
             if self.bring(index, run, Reason::Sweep)? == Outcome::Changing {

@@ -40,6 +40,10 @@ impl UserfaultRestorer {
         }
     }
 
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// Why the pager gave up, if it did: the cause of what went wrong in a restore that failed.
     pub fn failure(&self) -> Option<String> {
         let pager = self.pager.borrow();

@@ -16,6 +16,12 @@ pub trait Source {
     /// These pages will be asked for soon.
     fn announce(&mut self, run: Run);
 
+    /// Whether [`read`](Source::read) of a run would return soon: else there may be something better to do.
+    ///
+    /// # Errors
+    /// As `read`.
+    fn is_ready(&mut self, run: Run) -> Result<bool, String>;
+
     /// The content of a run of pages into `buffer`, which is as long.
     ///
     /// # Errors
@@ -42,6 +48,11 @@ impl Checksums {
         }
         let sums = reader.page_checksums(PageExtent { first, pages: end - first })?;
         Ok(Checksums { first, sums })
+    }
+
+    /// The number after that of the last page that has one.
+    pub fn end(&self) -> u64 {
+        self.first + self.sums.len() as u64
     }
 
     /// The number of the first page that is not what was saved.
@@ -73,6 +84,10 @@ impl Source for PageFile<'_> {
         let (offset, length) = ((run.first * PAGE_SIZE) as i64, run.bytes() as i64);
         // A hint: without it they are only fetched later.
         let _ = posix_fadvise(self.file.as_fd(), offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
+
+    fn is_ready(&mut self, _run: Run) -> Result<bool, String> {
+        Ok(true)
     }
 
     fn read(&mut self, run: Run, buffer: &mut [u8]) -> Result<(), String> {
