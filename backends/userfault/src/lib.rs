@@ -7,9 +7,9 @@
 //!
 //! The restorer of the ptrace backend does everything but the memory. Private anonymous memory is registered with a
 //! userfaultfd (userfaultfd(2)) that each process of the skeleton makes and passes out; the rest is filled as ever. The
-//! [pager](mod@pager) is a process of its own, which answers faults and brings the rest in behind them. When it has, it
+//! pager (`pager.rs`) is a process of its own, which answers faults and brings the rest in behind them. When it has, it
 //! closes the descriptors, and nothing of it is left. What happens when it is killed before that is the business of the
-//! [guardian](mod@guardian).
+//! guardian (`guardian.rs`).
 //!
 //! Filled before the release, as the kernel or the promise of the memory wants it so: changed pages of private file
 //! mappings, memory that is shared, locked memory, and mappings with only a few pages.
