@@ -68,8 +68,8 @@ impl Visible {
         Visible(facts.facts)
     }
 
-    /// Only what a program that goes on working does not change: no signal masks, no positions of files, and of its
-    /// mappings only what has a name.
+    /// Only what a program that goes on working does not change: no signal masks, no positions of files, none of the
+    /// files of `/proc` that it has a look into, and of its mappings only what has a name.
     pub fn coarse(self) -> Visible {
         let changing = ["SigPnd", "ShdPnd", "SigBlk", "timers"];
         let facts = self.0.into_iter().filter_map(|((pid, what), how)| {
@@ -82,7 +82,8 @@ impl Visible {
             } else if what.starts_with("descriptor ") {
                 // LINK at POSITION, flags FLAGS
                 let (link, rest) = how.rsplit_once(" at ")?;
-                Some(((pid, what), format!("{link}, {}", rest.split_once(", ")?.1)))
+                (!link.starts_with("/proc/"))
+                    .then(|| Some(((pid, what), format!("{link}, {}", rest.split_once(", ")?.1))))?
             } else {
                 Some(((pid, what), how))
             }

@@ -34,8 +34,9 @@ use crate::{Options, WorkingSetUse, lazy_mappings};
 const STEP: u64 = 16;
 /// Pages announced ahead of the sweep: 8 MiB.
 const AHEAD: u64 = 2048;
-/// Most descriptors that the pager will have open, where the limit is higher: the kernel's table grows with the numbers.
-const DESCRIPTORS: u64 = 4096;
+/// Descriptors that the pager will hardly have open at a time: so many, and so many more for each process of the tree. The
+/// kernel's table grows with the numbers that are used, so the limit itself is not the number to use.
+const DESCRIPTORS: (u64, u64) = (4096, 8);
 
 /// What the restore command says to the pager: a new address space (with its userfaultfd); that it waits until the pager
 /// has taken all of these and is guarded; that the tree runs.
@@ -101,7 +102,8 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let members = members.map_err(|error| format!("opening the processes of the tree: {error}"))?;
     let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).map_or(1024, |it| it.0);
     // Where it cannot be had, the guardian is what there is.
-    let last_line = LastLine::arm(&pids, limit.min(DESCRIPTORS) as RawFd).ok();
+    let numbers = limit.min(DESCRIPTORS.0 + DESCRIPTORS.1 * pids.len() as u64);
+    let last_line = LastLine::arm(&pids, numbers as RawFd).ok();
     let notes = Notes::new().map_err(|error| format!("memory to share with the guardian: {error}"))?;
     let failed = |errno: Errno| format!("epoll: {errno}");
     // Never dropped, also where it fails or panics: that would close the descriptors, and a page that is missing then is one
