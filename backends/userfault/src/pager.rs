@@ -80,6 +80,8 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     sys::note_sweep_signal();
     sys::set_name(c"ckpt-pager");
     let _ = nix::unistd::setsid();
+    // Threads of the tree wait for us. Where it is not permitted, they wait for longer on a busy machine.
+    sys::raise_priority(10);
     let _ = std::env::set_current_dir("/");
     if let Some(affinity) = affinity {
         let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), affinity);

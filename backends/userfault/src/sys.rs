@@ -387,6 +387,12 @@ pub fn keep_only(keep: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes our nice value down by so much.
+pub fn raise_priority(by: i32) {
+    // SAFETY: no memory is passed.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, libc::getpriority(libc::PRIO_PROCESS, 0) - by) };
+}
+
 /// Ignores what a terminal, a service manager or a closed socket would end us with: the tree needs us as long as it runs.
 pub fn ignore_signals() {
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGPIPE, libc::SIGTSTP] {
