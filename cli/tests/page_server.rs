@@ -10,7 +10,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ckpt_core::Pid;
 use ckpt_core::procfs::ProcDir;
@@ -35,6 +35,8 @@ struct Place {
     workshop: Workshop,
     pid: Pid,
     token: PathBuf,
+    /// The last before the dump.
+    beat: Option<SystemTime>,
 }
 
 fn token(path: &Path, text: &str) -> PathBuf {
@@ -50,9 +52,14 @@ fn dumped() -> Place {
     let pid = program.pid();
     run(&mut dump(pid, &workshop.image(), &[])).assert_done();
     end_of(&mut program.0);
-    let _ = fs::remove_file(workshop.path().join("beat"));
+    let beat = beat(&workshop);
     let token = token(&workshop.path().join("token"), "a secret of some length\n");
-    Place { workshop, pid, token }
+    Place { workshop, pid, token, beat }
+}
+
+/// When the program last said that it runs. The file stays as it was: it may have been open at the dump.
+fn beat(workshop: &Workshop) -> Option<SystemTime> {
+    fs::metadata(workshop.path().join("beat")).and_then(|found| found.modified()).ok()
 }
 
 /// A page server, ended with the test.
@@ -86,7 +93,7 @@ impl Place {
     }
 
     fn wait_until_it_runs(&self) {
-        wait_until("it runs", || self.workshop.path().join("beat").exists());
+        wait_until("it runs", || beat(&self.workshop) != self.beat);
     }
 
     fn check(&self) {
