@@ -213,6 +213,7 @@ impl Filler for LazyFiller {
             auxv: Vec::new(),
             exe: memory.exe.clone(),
             exe_identity: memory.exe_identity,
+            exe_deleted: memory.exe_deleted,
             lock_future: memory.lock_future,
         };
         let eager: u64 = rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum();
