@@ -352,7 +352,7 @@ impl World<'_> {
             loop {
                 let restorer = UserfaultRestorer::new(self.options());
                 let reader = ckpt_formats::open(&self.image).map_err(|error| error.to_string())?;
-                let options = RestoreOptions { shell_job: false, detach: true };
+                let options = RestoreOptions { detach: true, ..RestoreOptions::default() };
                 match ckpt_core::restore::restore(&restorer, &*reader, &options, &mut Silent) {
                     Ok(_) => {}
                     // The kernel lets a process be waited for an instant before the ids of its threads are free.
