@@ -12,6 +12,7 @@ inventory::submit! {
         summary: "restores at once and brings the memory in on demand (userfaultfd)",
         capability,
         probe,
+        launcher: None,
         dumper: None,
         restorer: None,
     }
@@ -19,7 +20,14 @@ inventory::submit! {
 
 /// Nothing yet: what is claimed here is what the conformance suite runs.
 fn capability() -> Capability {
-    Capability { attach: false, launch: false, restore: false, resources: Vec::new(), privileges: Vec::new() }
+    Capability {
+        attach: false,
+        launch: false,
+        restore: false,
+        resources: Vec::new(),
+        lacks: Vec::new(),
+        privileges: Vec::new(),
+    }
 }
 
 fn probe() -> Probe {

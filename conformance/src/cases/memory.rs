@@ -26,7 +26,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/anonymous", memory, anonymous),
         Case::new("memory/file-private", files, file_private),
         Case::new("memory/file-shared", files, file_shared),
-        Case::new("memory/file-deleted", files, file_deleted),
+        Case::new("memory/file-deleted", files, file_deleted)
+            .privileged("to follow map_files takes CAP_CHECKPOINT_RESTORE"),
         Case::new("memory/file-shorter-than-mapping", files, file_shorter_than_mapping),
         Case::new("memory/shared-anonymous", memory, shared_anonymous),
         Case::new("memory/copy-on-write", memory, copy_on_write),
