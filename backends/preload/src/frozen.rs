@@ -777,12 +777,8 @@ impl Target for FrozenTarget {
 
     fn footprint(&self) -> Footprint {
         let (start, size) = self.region;
-        Footprint {
-            mappings: vec![start..start + size as u64],
-            fds: vec![self.socket],
-            spare_fds: 0,
-            special: Vec::new(),
-        }
+        let region = start..start + size as u64;
+        Footprint { mappings: vec![region], fds: vec![self.socket], spare_fds: 0, special: Vec::new() }
     }
 
     fn context(&mut self, thread: usize) -> Result<Context, TargetError> {

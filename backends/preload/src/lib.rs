@@ -1,6 +1,6 @@
 //! The `preload` backend: inside the process from its start (`LD_PRELOAD`), for users without privileges.
 //!
-//! [`launch`](crate::launch) starts a program with the shim (`shim/`), a small library that is part of this crate. The
+//! [`launch`] starts a program with the shim (`shim/`), a small library that is part of this crate. The
 //! shim has each thread enter the agent from a signal handler, and from there on the process is a target like any other.
 //!
 //! ```text

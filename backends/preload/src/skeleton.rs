@@ -643,13 +643,15 @@ fn join_groups(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreErro
     // Those that have ended are put there by their parents.
     for zombie in &image.zombies {
         let task = &zombie.task;
-        if task.pgid != task.pid
-            && let Some(parent) = image.process(task.ppid)
-        {
-            let mut batch = Batch::new();
+        let Some(parent) = image.process(task.ppid) else { continue };
+        let mut batch = Batch::new();
+        if task.pgid != task.pid {
             batch.call(Sysno::setpgid, args![task.pid.0, task.pgid.0]);
-            tree.target(parent).run(&batch).map_err(target_failed(task.pid))?;
         }
+        // Until its end is there to be waited for, and stays so.
+        let options = libc::WEXITED | libc::WNOWAIT | libc::__WALL;
+        batch.call(Sysno::waitid, args![libc::P_PID, task.pid.0, 0, options, 0]);
+        tree.target(parent).run(&batch).map_err(target_failed(task.pid))?;
     }
     Ok(())
 }
