@@ -128,6 +128,13 @@ impl Prepared {
         }
     }
 
+    /// From here to the first line of the new program, the shim's signal waits: in between it would have no handler, and
+    /// end the process. The new program's shim lets it in, when its handler is there.
+    unsafe fn hold_signal(&self) {
+        // SAFETY: a mask of 8 bytes.
+        unsafe { sys!(calls::RT_SIGPROCMASK, 0, &raw const OURS, 0, 8) };
+    }
+
     /// Takes everything away again, where the process goes on. Leaves errno alone.
     unsafe fn end(&mut self) {
         // SAFETY: what `make` made.
@@ -136,6 +143,7 @@ impl Prepared {
                 sys!(calls::CLOSE, self.fd);
                 self.fd = -1;
             }
+            sys!(calls::RT_SIGPROCMASK, 1, &raw const OURS, 0, 8);
             if !self.memory.is_null() {
                 sys!(calls::MUNMAP, self.memory, self.size);
                 self.memory = core::ptr::null_mut();
@@ -243,6 +251,7 @@ pub unsafe extern "C" fn execve(path: Text, argv: List, envp: List) -> i32 {
         let mut prepared = Prepared::new();
         let list = prepared.make(envp);
         warn_of(path, list);
+        prepared.hold_signal();
         // Only a failure comes back.
         let result = sys!(calls::EXECVE, path, argv, list);
         prepared.end();
@@ -263,6 +272,7 @@ pub unsafe extern "C" fn execvpe(file: Text, argv: List, envp: List) -> i32 {
     unsafe {
         let mut prepared = Prepared::new();
         let list = prepared.make(envp);
+        prepared.hold_signal();
         let result = real!(EXECVPE, unsafe extern "C" fn(Text, List, List) -> i32)(file, argv, list);
         prepared.end();
         result
@@ -281,6 +291,7 @@ pub unsafe extern "C" fn fexecve(fd: i32, argv: List, envp: List) -> i32 {
     unsafe {
         let mut prepared = Prepared::new();
         let list = prepared.make(envp);
+        prepared.hold_signal();
         let result = real!(FEXECVE, unsafe extern "C" fn(i32, List, List) -> i32)(fd, argv, list);
         prepared.end();
         result
@@ -294,6 +305,7 @@ pub unsafe extern "C" fn execveat(fd: i32, path: Text, argv: List, envp: List, f
         let mut prepared = Prepared::new();
         let list = prepared.make(envp);
         let function = real!(EXECVEAT, unsafe extern "C" fn(i32, Text, List, List, i32) -> i32);
+        prepared.hold_signal();
         let result = function(fd, path, argv, list, flags);
         prepared.end();
         result
@@ -428,12 +440,7 @@ unsafe extern "C" fn failed(result: i64) -> i64 {
 }
 
 // Whether a thread believes that it blocks the shim's signal, which is never really blocked: a byte of each thread's own.
-core::arch::global_asm!(
-    ".section .tbss,\"awT\",@nobits",
-    "ckpt_believes:",
-    ".zero 1",
-    ".text",
-);
+core::arch::global_asm!(".section .tbss,\"awT\",@nobits", "ckpt_believes:", ".zero 1", ".text",);
 
 /// Reads the thread's belief, and sets it if `new` is not negative.
 fn believes(new: i32) -> u64 {
@@ -449,7 +456,7 @@ fn believes(new: i32) -> u64 {
     }
 }
 
-const OURS: u64 = 1 << (crate::protocol::SIGNAL - 1);
+static OURS: u64 = 1 << (crate::protocol::SIGNAL - 1);
 
 unsafe extern "C" fn change_mask(how: u64, set: *const u64, before: *mut u64, size: u64) -> i64 {
     const SIG_BLOCK: u64 = 0;

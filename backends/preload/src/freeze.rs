@@ -216,6 +216,7 @@ impl Meeting {
         if stat.state == 'Z' {
             return Err(refusal(pid, "tasks", "its main thread has exited while others go on", "have it keep that"));
         }
+        self.wait_for_shim(&process)?;
         refuse_unreachable(pid, &process.proc, &stat)?;
         let first = tids(&process)?;
         let lanes = first.len() + NEW_THREADS;
@@ -281,6 +282,22 @@ impl Meeting {
             rseq_offset,
             process,
         })))
+    }
+
+    /// A program that was just started has no handler yet: it gets a little time until its shim is there.
+    fn wait_for_shim(&self, process: &Process) -> Result<(), DumpError> {
+        const LOADING: Duration = Duration::from_secs(1);
+        let pid = process.proc.pid();
+        let end = (Instant::now() + LOADING).min(self.deadline);
+        while Instant::now() < end {
+            // One that has ended is looked at again by whoever is next.
+            match process.proc.status() {
+                Ok(status) if !has_shim(&status) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(gone(pid, error)),
+            }
+        }
+        Ok(())
     }
 
     /// Queues the signal for a thread. One that has ended meanwhile is in the list all the same.
