@@ -27,8 +27,8 @@ use ckpt_core::image::Zombie;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::descriptors::FdInfo;
 use ckpt_core::{
-    Context, EpollSlot, Footprint, General, Kcmp, MemoryWriter, PageRun, Pid, Queue, Registers, RemoteFd, RemotePtr,
-    Rseq, SigInfo, Target, TargetError, args,
+    Context, EpollSlot, Footprint, General, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, Registers, RemoteFd,
+    RemotePtr, Rseq, SigInfo, Target, TargetError, args,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -771,7 +771,7 @@ impl Target for FrozenTarget {
         self.process.file_of_handle(mount, kind, handle)
     }
 
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         self.process.private_pages(start, end)
     }
 
@@ -798,7 +798,7 @@ impl Target for FrozenTarget {
         // A frame leaves out what takes leave to use (AMX) and was not used; a saved area has room for all there is.
         xsave.resize(xsave.len().max(sys::xsave_size()), 0);
         let rseq = self.rseq(thread)?;
-        Ok(Context { registers: Registers { general, xsave }, blocked: arrival.context[37], rseq })
+        Ok(Context { registers: Registers { general, xsave }, blocked: arrival.context[37], rseq, timeout_left: None })
     }
 
     fn pending(&mut self, queue: Queue) -> Result<Vec<SigInfo>, TargetError> {

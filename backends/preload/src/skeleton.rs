@@ -25,8 +25,8 @@ use ckpt_core::error::RestoreError;
 use ckpt_core::image::{Image, Task, Zombie};
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
-    Context, Footprint, Kcmp, MemoryWriter, PageRun, Pid, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
-    args,
+    Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
+    TargetError, args,
 };
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -754,7 +754,7 @@ impl Target for SkeletonTarget {
         self.process().file_of_handle(mount, kind, handle)
     }
 
-    fn private_pages(&mut self, start: u64, end: u64) -> Result<Vec<PageRun>, TargetError> {
+    fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError> {
         self.process.as_mut().expect("the process was made").private_pages(start, end)
     }
 
