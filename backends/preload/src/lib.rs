@@ -53,6 +53,9 @@ fn capability() -> Capability {
             "overruns of a timer whose signal is pending",
             // Without kcmp they cannot be told apart.
             "several entries of an epoll under one closed number",
+            "what is left of a timeout, where the kernel does not tell",
+            "deleted executables",
+            "AMX tiles",
         ],
         privileges: Vec::new(),
     }

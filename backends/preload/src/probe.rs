@@ -51,6 +51,10 @@ pub fn check(image: &Image) -> Vec<Refusal> {
     let outer = image.processes[0].task.pgid;
     for process in &image.processes {
         let task = &process.task;
+        if !process.memory.exe.exists() {
+            let why = format!("its executable {} was deleted", process.memory.exe.display());
+            refusals.push(refusal("memory", Some(task.pid), why, "restore with --backend ptrace"));
+        }
         if process.stopped {
             let why = "it is to be stopped, which this backend does not bring back".to_string();
             refusals.push(refusal("tasks", Some(task.pid), why, "restore with --backend ptrace"));

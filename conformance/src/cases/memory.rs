@@ -35,7 +35,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/stack-grows", memory, stack_grows),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
-        Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages),
+        Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages)
+            .privileged("shared memory with guard pages is copied through map_files"),
         Case::new("memory/reservations", memory, reservations),
         Case::new("memory/advice", memory, advice),
         Case::new("memory/locked", memory, locked),

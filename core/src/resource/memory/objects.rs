@@ -141,8 +141,14 @@ impl Objects {
         while at < end {
             let size = (end - at).min(64 << 20);
             let mut batch = Batch::new();
-            let wrote = batch.call(Sysno::pwrite64, args![theirs, mapping.start + at, size, at]);
-            at += target.run(&batch)?.value(wrote);
+            let wrote = batch.try_call(Sysno::pwrite64, args![theirs, mapping.start + at, size, at]);
+            match target.run(&batch)?.result(wrote) {
+                Ok(wrote) if wrote > 0 => at += wrote,
+                _ => {
+                    target.fds_done(&[theirs])?;
+                    return Ok(Err("it has pages that may not be read (guard pages)".into()));
+                }
+            }
         }
         target.fds_done(&[theirs])?;
         let content = File::from(copy);
