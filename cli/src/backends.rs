@@ -90,6 +90,9 @@ fn text(backend: &Backend) -> String {
     if !capability.resources.is_empty() {
         text += &wrapped("  saves     ", &capability.resources.join(", "));
     }
+    if !capability.lacks.is_empty() {
+        text += &wrapped("  but not   ", &capability.lacks.join(", "));
+    }
     if !probe.features.is_empty() {
         let features: Vec<String> = probe
             .features
@@ -142,6 +145,7 @@ fn json(backend: &Backend) -> serde_json::Value {
             "launch": capability.launch,
             "restore": capability.restore,
             "resources": capability.resources,
+            "lacks": capability.lacks,
             "privileges": capability.privileges,
         },
         "probe": { "dump": state(&probe.dump), "restore": state(&probe.restore), "features": features },

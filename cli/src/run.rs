@@ -76,6 +76,10 @@ pub fn run(backend: Option<&str>, verb: &Run) -> anyhow::Result<ExitCode> {
     }
     let log = choose_output(&mut command, verb.output.as_deref())?;
     sys::in_own_session(&mut command);
+    if let Some(launcher) = backend.launcher {
+        let prepared = launcher(&mut command);
+        prepared.with_context(|| format!("the backend {} cannot prepare the command", backend.name))?;
+    }
     // Held before the command starts, so that none is lost; the command itself starts with none blocked.
     let signals = (!verb.detach).then(supervise::Signals::hold).transpose()?;
     let child = command.spawn().with_context(|| format!("{} cannot be started", name.display()))?;

@@ -40,11 +40,10 @@ fn wrong_usage_is_one_line_and_exit_code_2() {
 #[test]
 fn a_backend_that_cannot_is_refused() {
     for arguments in [
-        &["--backend", "preload", "dump", "-t", "12", "-D", "x"][..],
-        &["--backend", "preload", "restore", "-D", "x"],
-        &["--backend", "preload", "run", "--", "true"],
-        &["--backend", "preload", "demo"],
-        &["--backend", "userfault", "dump", "-t", "12", "-D", "x"],
+        &["--backend", "userfault", "dump", "-t", "12", "-D", "x"][..],
+        &["--backend", "userfault", "restore", "-D", "x"],
+        &["--backend", "userfault", "run", "--", "true"],
+        &["--backend", "userfault", "demo"],
     ] {
         run(&mut ckpt(arguments)).assert_error(REFUSED, &["backend", arguments[1]]);
     }
@@ -85,8 +84,10 @@ fn backends_as_json() {
     let all: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
     let names: Vec<&str> = all.as_array().unwrap().iter().map(|backend| backend["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["preload", "ptrace", "userfault"]);
-    assert_eq!(all[0]["probe"]["dump"]["available"], false);
-    assert!(all[0]["probe"]["dump"]["why"].as_str().unwrap().contains("not built yet"));
+    assert_eq!(all[0]["probe"]["dump"]["available"], true);
+    assert!(!all[0]["capability"]["lacks"].as_array().unwrap().is_empty());
+    assert_eq!(all[2]["probe"]["dump"]["available"], false);
+    assert!(all[2]["probe"]["dump"]["why"].as_str().unwrap().contains("not built yet"));
 }
 
 #[test]

@@ -12,6 +12,7 @@ inventory::submit! {
         summary: "as userfault, but every page comes by a fault",
         capability: ckpt_userfault::capability,
         probe: ckpt_userfault::probe,
+        launcher: None,
         dumper: None,
         restorer: Some(|| Box::new(UserfaultRestorer::new(Options { sweep: false, eager_pages: 0, ..Options::default() }))),
     }

@@ -61,6 +61,10 @@ pub struct Case {
     pub name: &'static str,
     /// The sections that a backend must be able to save, out of `ckpt_core::resource::names()`.
     pub resources: &'static [&'static str],
+    /// What else they must be able to, in the words of [`Capability::lacks`](ckpt_core::backend::Capability).
+    pub needs: &'static [&'static str],
+    /// Why it is not for an ordinary user, if so.
+    pub privileged: Option<&'static str>,
     pub root: Root,
     pub shell_job: bool,
     pub tcp_close: bool,
@@ -91,6 +95,8 @@ impl Case {
         Case {
             name,
             resources,
+            needs: &[],
+            privileged: None,
             root,
             rounds,
             shell_job: false,
@@ -103,6 +109,18 @@ impl Case {
             cpu: None,
             host: None,
         }
+    }
+
+    /// A backend that says that it cannot do one of these things is not tried.
+    pub fn needs(mut self, needs: &'static [&'static str]) -> Case {
+        self.needs = needs;
+        self
+    }
+
+    /// Not tried as an ordinary user: why.
+    pub fn privileged(mut self, why: &'static str) -> Case {
+        self.privileged = Some(why);
+        self
     }
 
     /// The subject is a job of a terminal: no session leader, its standard input is the terminal. Dumped and restored

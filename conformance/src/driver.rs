@@ -33,10 +33,17 @@ pub const LOG: &str = "driver.log";
 const MESSAGE: &str = "driver.message";
 
 /// Dumps the tree under `root` into `image`.
-pub fn dump(backend: &Backend, case: &Case, root: i32, image: &Path, after: After) -> Result<(), Failure> {
+pub fn dump(
+    backend: &Backend,
+    case: &Case,
+    root: i32,
+    image: &Path,
+    after: After,
+    ordinary: bool,
+) -> Result<(), Failure> {
     let options =
         DumpOptions { shell_job: case.shell_job, tcp_close: case.tcp_close, timeout: Duration::from_secs(10) };
-    drive(image.parent().expect("a trial's directory"), || {
+    drive(image.parent().expect("a trial's directory"), ordinary, || {
         let dumper = backend.dumper.ok_or("it has no dumper")?();
         let store = ckpt_formats::create(image).map_err(|error| error.to_string())?;
         ckpt_core::dump::dump(&*dumper, Pid(root), &options, after, store, &mut Silent)
@@ -46,9 +53,9 @@ pub fn dump(backend: &Backend, case: &Case, root: i32, image: &Path, after: Afte
 }
 
 /// Brings the tree of `image` back. The root is then a child of whoever reaps orphans.
-pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path) -> Result<(), Failure> {
+pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path, ordinary: bool) -> Result<(), Failure> {
     let options = RestoreOptions { shell_job: case.shell_job, detach: true, ..RestoreOptions::default() };
-    drive(image.parent().expect("a trial's directory"), || {
+    drive(image.parent().expect("a trial's directory"), ordinary, || {
         let restorer = backend.restorer.ok_or("it has no restorer")?();
         let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
         let restored = ckpt_core::restore::restore(&*restorer, &*reader, &options, &mut Silent)
@@ -58,12 +65,19 @@ pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path) -> Resul
 }
 
 /// Runs `work` in a child process and waits for its end. The caller must have one thread.
-fn drive(dir: &Path, work: impl FnOnce() -> Result<(), String>) -> Result<(), Failure> {
+fn drive(dir: &Path, ordinary: bool, work: impl FnOnce() -> Result<(), String>) -> Result<(), Failure> {
     let message = dir.join(MESSAGE);
     let _ = fs::remove_file(&message);
     // SAFETY: this process has one thread, so that its child may do whatever it likes.
     let child = match unsafe { fork() }.map_err(|error| Failure::Broke(format!("fork: {error}")))? {
         ForkResult::Child => {
+            let work = || {
+                if ordinary {
+                    crate::ordinary::become_ordinary()
+                        .map_err(|error| format!("becoming an ordinary user: {error}"))?;
+                }
+                work()
+            };
             let status = match catch_unwind(AssertUnwindSafe(|| logged(dir, work))) {
                 Ok(Ok(())) => 0,
                 Ok(Err(text)) => fs::write(&message, text).map_or(3, |()| 1),

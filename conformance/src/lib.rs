@@ -11,6 +11,7 @@ pub mod driver;
 pub mod expect;
 pub mod isolation;
 pub mod matrix;
+pub mod ordinary;
 pub mod suite;
 pub mod trial;
 pub mod visible;

@@ -77,6 +77,17 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
             if case.refused_at_dump.is_some() {
                 continue;
             }
+            if needs_nothing(dumper) && case.refused_at_dump.is_none() {
+                let way = Way::Ordinary { backend: dumper.name, rounds: rounds(case) };
+                let todo = match case.privileged {
+                    Some(why) => Todo::Cannot(format!("{} as an ordinary user: {why}", dumper.name)),
+                    None => match crate::ordinary::probe() {
+                        Ok(()) => todo(case, dumper, Some(dumper), host),
+                        Err(why) => skip(host.required.has(dumper.name), why),
+                    },
+                };
+                cells.push(Cell { case: case.clone(), todo, way });
+            }
             for restorer in backends.iter().filter(|backend| backend.restorer.is_some()) {
                 let way = Way::Restored { dumper: dumper.name, restorer: restorer.name, rounds: rounds(case) };
                 cells.push(Cell { case: case.clone(), todo: todo(case, dumper, Some(restorer), host), way });
@@ -84,6 +95,11 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
         }
     }
     (cells, idle)
+}
+
+/// Whether a backend is for ordinary users, in both directions.
+fn needs_nothing(backend: &Backend) -> bool {
+    backend.dumper.is_some() && backend.restorer.is_some() && (backend.capability)().privileges.is_empty()
 }
 
 /// `CKPT_ROUNDS` asks for more rounds of every case that is restored.
@@ -107,6 +123,9 @@ fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) 
         let capability = (backend.capability)();
         if let Some(missing) = case.resources.iter().find(|resource| !capability.resources.contains(resource)) {
             return Todo::Cannot(format!("{} does not save {missing}", backend.name));
+        }
+        if let Some(lacking) = case.needs.iter().find(|needed| capability.lacks.contains(needed)) {
+            return Todo::Cannot(format!("{} cannot do {lacking}", backend.name));
         }
         if let Some(why) = reason(&availability) {
             return skip(host.required.has(backend.name), format!("{} is not available: {why}", backend.name));
@@ -158,7 +177,14 @@ mod tests {
     use super::*;
 
     fn can(resources: &[&'static str]) -> Capability {
-        Capability { attach: true, launch: false, restore: true, resources: resources.to_vec(), privileges: vec![] }
+        Capability {
+            attach: true,
+            launch: false,
+            restore: true,
+            resources: resources.to_vec(),
+            lacks: vec![],
+            privileges: vec![],
+        }
     }
 
     fn probe(dump: Availability, restore: Availability) -> Probe {
@@ -178,6 +204,7 @@ mod tests {
         summary: "",
         capability: || can(&["tasks", "pipes"]),
         probe: || probe(Availability::Available, Availability::Available),
+        launcher: None,
         dumper: Some(dumps),
         restorer: Some(restores),
     };
@@ -186,6 +213,7 @@ mod tests {
         summary: "",
         capability: || can(&["tasks"]),
         probe: || probe(Availability::Unavailable("never".into()), Availability::Unavailable("no userfaultfd".into())),
+        launcher: None,
         dumper: None,
         restorer: Some(restores),
     };
@@ -194,6 +222,7 @@ mod tests {
         summary: "",
         capability: || can(&[]),
         probe: || probe(Availability::Unavailable("not built yet".into()), Availability::Available),
+        launcher: None,
         dumper: None,
         restorer: None,
     };

@@ -16,7 +16,7 @@ use ckpt_core::registry;
 use crate::case::{Case, GO, OUTPUT, READY, Root, VERDICT};
 use crate::driver::{self, Failure};
 use crate::visible::{Visible, numbers};
-use crate::{cases, isolation};
+use crate::{cases, isolation, ordinary};
 
 /// What is done to the subject.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +27,14 @@ pub enum Way {
     Running(&'static str),
     /// Dumped by one backend and restored by another, so many times in a row.
     Restored { dumper: &'static str, restorer: &'static str, rounds: usize },
+    /// The same with one backend, all by an [ordinary user](crate::ordinary).
+    Ordinary { backend: &'static str, rounds: usize },
+    /// Nothing, by an ordinary user.
+    OrdinaryDry,
 }
+
+/// Ends the names of ways of an ordinary user.
+const BY_NOBODY: &str = "@nobody";
 
 impl Way {
     /// The name of its column in the matrix; also how a trial's process is told.
@@ -36,11 +43,31 @@ impl Way {
             Way::Dry => "dry".into(),
             Way::Running(dumper) => format!("{dumper}+running"),
             Way::Restored { dumper, restorer, .. } => format!("{dumper}+{restorer}"),
+            Way::Ordinary { backend, .. } => format!("{backend}{BY_NOBODY}"),
+            Way::OrdinaryDry => format!("dry{BY_NOBODY}"),
         }
+    }
+
+    /// The backend that dumps, which may have to start the subject as well.
+    fn dumper(&self) -> Option<&'static str> {
+        match self {
+            Way::Dry | Way::OrdinaryDry => None,
+            Way::Running(dumper) | Way::Restored { dumper, .. } | Way::Ordinary { backend: dumper, .. } => Some(dumper),
+        }
+    }
+
+    fn is_ordinary(&self) -> bool {
+        matches!(self, Way::Ordinary { .. } | Way::OrdinaryDry)
     }
 
     fn parse(name: &str, rounds: usize) -> Option<Way> {
         let known = |name: &str| registry::backend(name).ok().map(|backend| backend.name);
+        if let Some(name) = name.strip_suffix(BY_NOBODY) {
+            return match name {
+                "dry" => Some(Way::OrdinaryDry),
+                name => Some(Way::Ordinary { backend: known(name)?, rounds }),
+            };
+        }
         match name.split_once('+') {
             None => (name == "dry").then_some(Way::Dry),
             Some((dumper, "running")) => Some(Way::Running(known(dumper)?)),
@@ -111,7 +138,7 @@ pub fn run(case: &Case, way: &Way, subject: &Path) -> Verdict {
     let dir = tempfile::Builder::new().prefix("ckpt-trial-").tempdir().map_err(|error| error.to_string())?;
     // A subject may have become another user when it writes its verdict.
     fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).map_err(|error| error.to_string())?;
-    let rounds = if let Way::Restored { rounds, .. } = way { *rounds } else { 1 };
+    let rounds = if let Way::Restored { rounds, .. } | Way::Ordinary { rounds, .. } = way { *rounds } else { 1 };
     let mut command = Command::new("/proc/self/exe");
     command.args([SWITCH, case.name, &way.name(), &rounds.to_string()]).arg(dir.path()).arg(subject);
     // SAFETY: prctl(2) is async-signal-safe.
@@ -151,35 +178,54 @@ struct Init<'a> {
     ended: BTreeMap<i32, ExitStatus>,
     /// The other end of the subject's terminal.
     terminal: Option<OwnedFd>,
+    /// Subject and drivers are an ordinary user's.
+    ordinary: bool,
 }
 
 impl Init<'_> {
     fn new(case: &Case, dir: PathBuf, subject: PathBuf) -> Init<'_> {
-        Init { case, dir, subject, root: 0, ended: BTreeMap::new(), terminal: None }
+        Init { case, dir, subject, root: 0, ended: BTreeMap::new(), terminal: None, ordinary: false }
     }
 
     fn attend(&mut self, way: &Way) -> Verdict {
-        self.start()?;
+        self.ordinary = way.is_ordinary();
+        if self.ordinary {
+            ordinary::furnish().map_err(|error| format!("furnishing a world for ordinary users: {error}"))?;
+        }
+        self.start(way)?;
         self.wait_until_ready()?;
         match *way {
-            Way::Dry => {
+            Way::Dry | Way::OrdinaryDry => {
                 self.before_dump(0)?;
                 self.after_restore(0)?;
             }
             Way::Running(dumper) => self.leave_running(dumper)?,
             Way::Restored { dumper, restorer, rounds } => {
-                for round in 0..rounds {
-                    let restored = self.dump_and_restore(dumper, restorer, round);
-                    if !restored.map_err(|failure| format!("round {} of {rounds}: {failure}", round + 1))? {
-                        return Ok(());
-                    }
+                if !self.rounds(dumper, restorer, rounds)? {
+                    return Ok(());
+                }
+            }
+            Way::Ordinary { backend, rounds } => {
+                if !self.rounds(backend, backend, rounds)? {
+                    return Ok(());
                 }
             }
         }
         self.judge()
     }
 
-    fn start(&mut self) -> Verdict {
+    /// Dumps and restores, so many times. Says whether there is a tree to judge.
+    fn rounds(&mut self, dumper: &str, restorer: &str, rounds: usize) -> Result<bool, String> {
+        for round in 0..rounds {
+            let restored = self.dump_and_restore(dumper, restorer, round);
+            if !restored.map_err(|failure| format!("round {} of {rounds}: {failure}", round + 1))? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn start(&mut self, way: &Way) -> Verdict {
         let fail = |error: std::io::Error| format!("starting the subject: {error}");
         let mut command = match &self.case.root {
             Root::Subject(_) => {
@@ -201,6 +247,12 @@ impl Init<'_> {
                 Ok(())
             })
         };
+        if let Some(launcher) = way.dumper().and_then(|dumper| backend(dumper).launcher) {
+            launcher(&mut command).map_err(fail)?;
+        }
+        let is_ordinary = self.ordinary;
+        // SAFETY: async-signal-safe, as it says. After whatever a launcher does.
+        unsafe { command.pre_exec(move || if is_ordinary { ordinary::become_ordinary() } else { Ok(()) }) };
         if self.case.shell_job {
             let terminal = self.open_terminal().map_err(|error| format!("opening a terminal: {error}"))?;
             let number = terminal.as_raw_fd();
@@ -234,6 +286,9 @@ impl Init<'_> {
         }
         // SAFETY: TIOCSCTTY takes an integer, and the descriptor is open.
         nix::errno::Errno::result(unsafe { libc::ioctl(pair.slave.as_raw_fd(), libc::TIOCSCTTY, 0) })?;
+        if self.ordinary {
+            ordinary::give(&pair.slave)?;
+        }
         self.terminal = Some(pair.master);
         Ok(pair.slave)
     }
@@ -273,7 +328,7 @@ impl Init<'_> {
         let files = self.files();
         // A dump that is not refused as it should be ends the subject, which is then missed.
         let after = if self.case.refused_at_dump.is_some() { After::Kill } else { After::LeaveRunning };
-        let result = driver::dump(backend(dumper), self.case, self.root, &image, after);
+        let result = driver::dump(backend(dumper), self.case, self.root, &image, after, self.ordinary);
         match (result, self.case.refused_at_dump) {
             (Ok(()), None) => {}
             (Ok(()), Some(text)) => return Err(format!("the dump was not refused; expected: {text}")),
@@ -298,14 +353,14 @@ impl Init<'_> {
         self.before_dump(round)?;
         let before = self.look();
         let image = self.dir.join(format!("image-{round}"));
-        driver::dump(backend(dumper), self.case, self.root, &image, After::Kill)
+        driver::dump(backend(dumper), self.case, self.root, &image, After::Kill, self.ordinary)
             .map_err(|failure| format!("the dump failed: {failure:?}"))?;
         self.nothing_left("the dump")?;
         self.ended.clear();
         if let Some(change) = self.case.after_dump.filter(|_| round == 0) {
             change(&self.dir);
         }
-        let result = driver::restore(backend(restorer), self.case, self.root, &image);
+        let result = driver::restore(backend(restorer), self.case, self.root, &image, self.ordinary);
         match (result, self.case.refused_at_restore) {
             (Ok(()), None) => {}
             (Ok(()), Some(text)) => return Err(format!("the restore was not refused; expected: {text}")),
@@ -347,6 +402,7 @@ impl Init<'_> {
         self.reap();
         let pids = processes();
         let visible = Visible::look(&pids);
+        let visible = if self.ordinary { visible.with_shared_memory_as_memfd() } else { visible };
         let visible = if self.case.unsteady { visible.coarse() } else { visible };
         (pids, if self.case.loses_names { visible.without_deleted_names() } else { visible })
     }

@@ -102,6 +102,16 @@ impl Visible {
         self
     }
 
+    /// Without the difference between anonymous shared memory and the memfd that an ordinary user gets in its place.
+    pub fn with_shared_memory_as_memfd(mut self) -> Visible {
+        for how in self.0.values_mut() {
+            if how.contains(" /dev/zero (deleted) at ") {
+                *how = how.replace("/dev/zero (deleted)", "/memfd:dev-zero (deleted)");
+            }
+        }
+        self
+    }
+
     /// The same without pending signals, and without the mappings that begin in `window`: a worker's.
     pub fn outside(mut self, window: std::ops::Range<u64>) -> Visible {
         self.0.retain(|(_, what), _| {

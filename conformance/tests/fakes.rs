@@ -104,6 +104,7 @@ macro_rules! register {
                 summary: "breaks one thing",
                 capability: || real().map_or_else(nothing, |real| (real.capability)()),
                 probe: || Probe { dump: Availability::Available, restore: Availability::Available, features: vec![] },
+                launcher: None,
                 dumper: Some(|| Box::new(FakeDumper(Wrong::$wrong))),
                 restorer: Some(|| Box::new(FakeRestorer(Wrong::$wrong))),
             }
@@ -124,7 +125,7 @@ fn real() -> Option<&'static Backend> {
 }
 
 fn nothing() -> Capability {
-    Capability { attach: false, launch: false, restore: false, resources: vec![], privileges: vec![] }
+    Capability { attach: false, launch: false, restore: false, resources: vec![], lacks: vec![], privileges: vec![] }
 }
 
 /// Has this program run [`red_suite`] and nothing else.

@@ -15,6 +15,8 @@ pub struct Backend {
     pub summary: &'static str,
     pub capability: fn() -> Capability,
     pub probe: fn() -> Probe,
+    /// Prepares a command so that what it starts can be dumped; for backends that do not attach.
+    pub launcher: Option<fn(&mut std::process::Command) -> std::io::Result<()>>,
     pub dumper: Option<fn() -> Box<dyn Dumper>>,
     pub restorer: Option<fn() -> Box<dyn Restorer>>,
 }
@@ -31,6 +33,8 @@ pub struct Capability {
     pub restore: bool,
     /// Section names out of [`crate::resource::names`].
     pub resources: Vec<&'static str>,
+    /// What it cannot do though it has the resource, in words: "stopped processes".
+    pub lacks: Vec<&'static str>,
     /// The privileges it needs, in words: "CAP_SYS_PTRACE".
     pub privileges: Vec<&'static str>,
 }

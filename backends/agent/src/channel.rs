@@ -1,7 +1,7 @@
 //! One lane of a region: lays a batch out, wakes the agent, and reads what it did.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use ckpt_core::batch::{Arg, Batch, Operation, Replies, Slot, Sysno};
 use ckpt_core::{Pid, RemoteFd, TargetError, args};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, setsockopt};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg, setsockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL, USE_TILES};
@@ -61,10 +62,7 @@ fn limit(socket: &OwnedFd) {
 impl Channel {
     /// Prepares a lane at `offset` of the region, which the target has at `base`.
     pub fn new(region: Arc<Region>, kind: LaneKind, offset: usize, base: u64, pid: Pid, wait: Wait) -> Channel {
-        if let Wait::Socket { ours, .. } = &wait {
-            limit(ours);
-        }
-        let channel = Channel { region, kind, offset, base, wait, pid, looks: LOOKS };
+        let channel = Channel::attach(region, kind, offset, base, pid, wait);
         let layout = kind.layout();
         let lane = channel.address();
         channel.region.mapping().put(
@@ -84,6 +82,8 @@ impl Channel {
                 calls: 0,
                 ran: 0,
                 boot: protocol::BOOT_WAITING,
+                arrived: 0,
+                _reserved: 0,
                 call_array: lane + layout.calls as u64,
                 control: base + CODE_SIZE as u64,
                 frame: 0,
@@ -106,6 +106,34 @@ impl Channel {
     /// The agent is on our own processor: it runs when we sleep.
     pub fn take_turns(&mut self) {
         self.looks = 0;
+    }
+
+    /// A lane that is prepared already.
+    pub fn attach(region: Arc<Region>, kind: LaneKind, offset: usize, base: u64, pid: Pid, wait: Wait) -> Channel {
+        if let Wait::Socket { ours, .. } = &wait {
+            limit(ours);
+        }
+        Channel { region, kind, offset, base, wait, pid, looks: LOOKS }
+    }
+
+    /// The same lane of a thread once more, for whoever sends a new thread into it.
+    ///
+    /// For the main lane it gives no way to talk to its agent: only the addresses.
+    pub fn again(&self) -> Channel {
+        Channel { region: self.region.clone(), wait: Wait::Futex, ..*self }
+    }
+
+    /// A thread's lane as it was in the beginning, once its thread has ended.
+    pub fn reset(&mut self) {
+        let Channel { kind, offset, base, pid, .. } = *self;
+        *self = Channel::new(self.region.clone(), kind, offset, base, pid, Wait::Futex);
+    }
+
+    /// Whether the agent has something to say.
+    pub fn has_message(&self) -> bool {
+        let Wait::Socket { ours, .. } = &self.wait else { return false };
+        let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Offset in a region of the first lane.
@@ -160,6 +188,32 @@ impl Channel {
             lane.frame = frame;
             lane.plain_frame = plain_frame;
         });
+    }
+
+    /// For a thread that will enter the lane by itself: as long as it has not, nobody waits for it to leave.
+    pub fn expect(&mut self) {
+        self.change(|lane| {
+            lane.leave = protocol::LEAVE_HEAL;
+            lane.left = 1;
+        });
+    }
+
+    /// Whether such a thread is in its lane.
+    pub fn has_arrived(&self) -> bool {
+        let arrived = self.offset + std::mem::offset_of!(Lane, arrived);
+        self.region.mapping().atomic(arrived).load(Ordering::Acquire) != 0
+    }
+
+    /// Reads the end of the lane, where a thread that enters by itself says where it comes from.
+    pub fn read_arrival(&self, at: usize, bytes: &mut [u8]) {
+        assert!(at + bytes.len() <= FRAME_SIZE);
+        self.region.mapping().read(self.offset + self.kind.layout().frame + at, bytes);
+    }
+
+    /// Writes there.
+    pub fn write_arrival(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= FRAME_SIZE);
+        self.region.mapping().write(self.offset + self.kind.layout().frame + at, bytes);
     }
 
     /// Address of the word that says that the thread of this lane has left.
@@ -503,6 +557,99 @@ impl Channel {
         }
         let replies = self.run(&batch, idle)?;
         Ok(lifted.into_iter().map(|fd| fd.map_or_else(RemoteFd, |call| replies.fd(call))).collect())
+    }
+
+    /// Sends the agent's end a byte: whoever is to become the agent may go on.
+    pub fn wake(&self) -> Result<(), TargetError> {
+        let Wait::Socket { ours, .. } = &self.wait else {
+            return Err(self.driver_error("waking a thread", io::ErrorKind::Unsupported.into()));
+        };
+        let sent = nix::sys::socket::send(ours.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL);
+        sent.map(drop).map_err(|_| TargetError::Gone { pid: self.pid })
+    }
+
+    /// Copies descriptors of the target to us, through the socket (`SCM_RIGHTS`).
+    pub fn fds_out(
+        &mut self,
+        fds: &[RemoteFd],
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Vec<OwnedFd>, TargetError> {
+        let mut all = Vec::with_capacity(fds.len());
+        for some in fds.chunks(200) {
+            all.extend(self.fds_out_once(some, idle)?);
+        }
+        Ok(all)
+    }
+
+    fn fds_out_once(
+        &mut self,
+        fds: &[RemoteFd],
+        idle: &mut dyn FnMut() -> Result<(), TargetError>,
+    ) -> Result<Vec<OwnedFd>, TargetError> {
+        let Wait::Socket { ours, theirs } = &self.wait else {
+            return Err(self.driver_error("fetching descriptors from a thread", io::ErrorKind::Unsupported.into()));
+        };
+        // struct cmsghdr: length, level, type, and the numbers
+        let mut control = (16 + 4 * fds.len() as u64).to_ne_bytes().to_vec();
+        control.extend([libc::SOL_SOCKET.to_ne_bytes(), libc::SCM_RIGHTS.to_ne_bytes()].concat());
+        control.extend(fds.iter().flat_map(|fd| fd.0.to_ne_bytes()));
+        let mut batch = Batch::new();
+        let byte = batch.bytes(b"d");
+        let length = control.len();
+        let control = batch.bytes(&control);
+        let vector = batch.words(&[0, 1]);
+        batch.pointer(vector, 0, byte);
+        let message = batch.words(&[0, 0, 0, 1, 0, length as u64, 0]);
+        batch.pointer(message, 16, vector);
+        batch.pointer(message, 32, control);
+        let sent = batch.try_call(Sysno::sendmsg, args![*theirs, message, libc::MSG_NOSIGNAL]);
+        let ours = ours.as_raw_fd();
+        self.send(&batch)?;
+        // What comes first are the descriptors, or, where they could not be sent, the word that the batch is done.
+        self.await_message(idle)?;
+        let mut byte = [0u8];
+        let mut vector = [io::IoSliceMut::new(&mut byte)];
+        let mut room = nix::cmsg_space!([i32; 253]);
+        let got = recvmsg::<()>(ours, &mut vector, Some(&mut room), MsgFlags::MSG_CMSG_CLOEXEC)
+            .map_err(|_| TargetError::Gone { pid: self.pid })?;
+        let mut received = Vec::with_capacity(fds.len());
+        for message in got.cmsgs().map_err(|errno| self.driver_error("fetching descriptors", errno.into()))? {
+            if let ControlMessageOwned::ScmRights(fds) = message {
+                received.extend(fds.into_iter().map(sys::own));
+            }
+        }
+        let is_end = got.bytes == 0;
+        if is_end {
+            return Err(TargetError::Gone { pid: self.pid });
+        }
+        if byte != *b"d" {
+            // The batch is done, and nothing was sent.
+            let replies = self.replies(&batch)?;
+            let errno = replies.result(sent).err().unwrap_or(Errno::EBADF);
+            return Err(self.driver_error("sendmsg of descriptors", errno.into()));
+        }
+        self.wait(idle)?;
+        if received.len() != fds.len() {
+            return Err(self.driver_error("fetching descriptors", Errno::EMFILE.into()));
+        }
+        Ok(received)
+    }
+
+    /// Waits until there is something to read in the socket.
+    fn await_message(&self, idle: &mut dyn FnMut() -> Result<(), TargetError>) -> Result<(), TargetError> {
+        let Wait::Socket { ours, .. } = &self.wait else { return Ok(()) };
+        let deadline = Instant::now() + BATCH_TIMEOUT;
+        loop {
+            let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, PollTimeout::from(50u8)) {
+                Ok(1..) => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => idle()?,
+                Err(errno) => return Err(self.driver_error("poll", errno.into())),
+            }
+            if Instant::now() > deadline {
+                return Err(TargetError::TimedOut { pid: self.pid, seconds: BATCH_TIMEOUT.as_secs() });
+            }
+        }
     }
 
     /// Lets a futex lane go on through its frame.

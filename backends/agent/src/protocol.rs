@@ -13,6 +13,12 @@ pub const CODE_SIZE: usize = 8192;
 /// Where lanes begin, counted from the control page.
 pub const CONTROL_SIZE: usize = 4096;
 
+/// Bytes of the lane of a main thread, and of any other's.
+pub const MAIN_LANE_SIZE: usize = 256 * 1024;
+pub const THREAD_LANE_SIZE: usize = 32 * 1024;
+/// The end of each lane: room for `struct ucontext` and the largest xsave area there is (AMX: 11,008 bytes).
+pub const FRAME_SIZE: usize = 12 * 1024;
+
 /// The first page after the code.
 #[repr(C)]
 pub struct Control {
@@ -74,6 +80,9 @@ pub struct Lane {
     pub ran: u32,
     /// Frozen targets, main lane: whether the agent has made its sockets.
     pub boot: i32,
+    /// Lanes that threads enter by themselves (from a signal handler): set by the thread once it is there.
+    pub arrived: u32,
+    pub _reserved: u32,
     pub call_array: u64,
     pub control: u64,
     /// A `struct ucontext` for `rt_sigreturn`, through which the thread leaves the agent.

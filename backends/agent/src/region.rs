@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::protocol::{CODE_SIZE, CONTROL_SIZE, Call, Lane};
+pub use crate::protocol::FRAME_SIZE;
+use crate::protocol::{CODE_SIZE, CONTROL_SIZE, Call, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::sys::SharedMapping;
 use crate::{BLOB, sys};
 
@@ -28,14 +29,11 @@ pub(crate) struct LaneLayout {
     pub frame: usize,
 }
 
-/// Room for `struct ucontext` and the largest xsave area there is (AMX: 11,008 bytes).
-pub const FRAME_SIZE: usize = 12 * 1024;
-
 impl LaneKind {
     pub(crate) const fn layout(self) -> LaneLayout {
         let (max_calls, max_bytes, stack, size) = match self {
-            LaneKind::Main => (ckpt_core::batch::MAX_CALLS, ckpt_core::batch::MAX_BYTES, 15 * 1024, 256 * 1024),
-            LaneKind::Thread => (64, 8 * 1024, 7 * 1024, 32 * 1024),
+            LaneKind::Main => (ckpt_core::batch::MAX_CALLS, ckpt_core::batch::MAX_BYTES, 15 * 1024, MAIN_LANE_SIZE),
+            LaneKind::Thread => (64, 8 * 1024, 7 * 1024, THREAD_LANE_SIZE),
         };
         let calls = 256;
         let bytes = calls + max_calls * size_of::<Call>();

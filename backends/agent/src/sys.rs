@@ -131,6 +131,12 @@ pub fn futex_wait(word: &AtomicU32, seen: u32, timeout: Duration) {
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, seen, &timeout) };
 }
 
+/// Takes over a descriptor that the kernel has just made.
+pub fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: callers pass what a system call has just returned, which nobody else has.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;

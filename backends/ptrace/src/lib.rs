@@ -29,6 +29,7 @@ inventory::submit! {
         summary: "attaches to any running process; nothing has to be prepared",
         capability,
         probe: probe::probe,
+        launcher: None,
         dumper: Some(|| Box::new(PtraceDumper)),
         restorer: Some(|| Box::new(PtraceRestorer)),
     }
@@ -40,6 +41,7 @@ fn capability() -> Capability {
         launch: false,
         restore: true,
         resources: resource::names(),
+        lacks: Vec::new(),
         privileges: vec!["CAP_SYS_PTRACE", "CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE"],
     }
 }

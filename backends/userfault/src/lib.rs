@@ -47,6 +47,7 @@ inventory::submit! {
         summary: "restores at once, and brings the memory in on demand (userfaultfd)",
         capability,
         probe: probe::probe,
+        launcher: None,
         dumper: None,
         restorer: Some(|| Box::new(UserfaultRestorer::new(Options::default()))),
     }
@@ -59,6 +60,7 @@ pub fn capability() -> Capability {
         launch: false,
         restore: true,
         resources: resource::names(),
+        lacks: Vec::new(),
         privileges: vec!["those of the ptrace backend, whose restorer it uses"],
     }
 }

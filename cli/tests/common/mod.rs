@@ -334,7 +334,7 @@ pub fn keep_nothing() -> std::io::Result<()> {
 }
 
 /// What is restored into the background becomes ours, so that a test can wait for it.
-fn adopt_orphans() {
+pub fn adopt_orphans() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| nix::sys::prctl::set_child_subreaper(true).unwrap());
 }

@@ -14,7 +14,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("attributes/names", &["thread-attributes", "memory"], names),
         Case::new("attributes/process-title", &["attributes", "memory"], process_title),
         Case::new("attributes/of-the-process", &["attributes"], of_the_process),
-        Case::new("attributes/not-dumpable", &["attributes"], not_dumpable),
+        Case::new("attributes/not-dumpable", &["attributes"], not_dumpable)
+            .privileged("a process that is not dumpable shows nothing to its user"),
         Case::new("attributes/deny-write-execute", &["attributes", "memory"], deny_write_execute),
         Case::new("attributes/huge-pages-but-advised", &["attributes"], huge_pages_but_advised),
         Case::new("attributes/subreaper", &["attributes", "tasks"], subreaper),

@@ -17,26 +17,34 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("calls/nanosleep", registers, |checkpoint| timed(checkpoint, 0, nanosleep)),
         Case::new("calls/clock-nanosleep-absolute", registers, |checkpoint| timed(checkpoint, 0, sleep_until)),
-        Case::new("calls/poll-timeout", registers, |checkpoint| timed(checkpoint, 0, poll_timeout)),
+        Case::new("calls/poll-timeout", registers, |checkpoint| timed(checkpoint, 0, poll_timeout))
+            .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/ppoll-timeout", registers, |checkpoint| timed(checkpoint, 0, ppoll_timeout)),
         Case::new("calls/select-timeout", registers, |checkpoint| timed(checkpoint, 0, select_timeout)),
-        Case::new("calls/futex-timeout", registers, |checkpoint| timed(checkpoint, -libc::ETIMEDOUT, futex_timeout)),
-        Case::new("calls/nanosleep-without-rest", registers, |checkpoint| timed(checkpoint, 0, nanosleep_without_rest)),
-        Case::new("calls/epoll-timeout", &["registers", "epoll"], |checkpoint| timed(checkpoint, 0, epoll_timeout)),
+        Case::new("calls/futex-timeout", registers, |checkpoint| timed(checkpoint, -libc::ETIMEDOUT, futex_timeout))
+            .needs(&["what is left of a timeout, where the kernel does not tell"]),
+        Case::new("calls/nanosleep-without-rest", registers, |checkpoint| timed(checkpoint, 0, nanosleep_without_rest))
+            .needs(&["what is left of a timeout, where the kernel does not tell"]),
+        Case::new("calls/epoll-timeout", &["registers", "epoll"], |checkpoint| timed(checkpoint, 0, epoll_timeout))
+            .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/epoll-pwait-timeout", &["registers", "epoll"], |checkpoint| {
             timed(checkpoint, 0, epoll_pwait_timeout)
-        }),
+        })
+        .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/epoll-pwait2-timeout", &["registers", "epoll"], |checkpoint| {
             timed(checkpoint, 0, epoll_pwait2_timeout)
-        }),
+        })
+        .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/semtimedop-timeout", registers, |checkpoint| {
             timed(checkpoint, -libc::EAGAIN, semtimedop_timeout)
-        }),
+        })
+        .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/timeout-in-a-register", &["registers", "epoll"], timeout_in_a_register),
         Case::new("calls/receive-timeout", &["registers", "unix_sockets"], receive_timeout),
         Case::new("calls/sigtimedwait-timeout", &["registers", "signals"], |checkpoint| {
             timed(checkpoint, -libc::EAGAIN, sigtimedwait_timeout)
-        }),
+        })
+        .needs(&["what is left of a timeout, where the kernel does not tell"]),
         Case::new("calls/read", pipes, read),
         Case::new("calls/write", pipes, write),
         Case::new("calls/poll", pipes, poll),

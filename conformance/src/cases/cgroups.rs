@@ -11,6 +11,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("cgroups/members", cgroups, members).needs_host(can_make_cgroups),
         Case::new("cgroups/gone", cgroups, member)
+            .privileged("to make cgroups takes root")
             .needs_host(can_make_cgroups)
             .after_dump(remove)
             .refused_at_restore("restore --cgroup ignore"),

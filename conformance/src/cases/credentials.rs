@@ -8,12 +8,16 @@ use crate::expect::{done, equal, in_child, lines, that};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("credentials/user-with-one-capability", &["credentials"], user_with_one_capability),
-        Case::new("credentials/user-with-none", &["credentials"], user_with_none),
-        Case::new("credentials/of-threads", &["credentials"], of_threads),
-        Case::new("credentials/saved-and-filesystem-ids", &["credentials"], saved_and_filesystem_ids),
-        Case::new("credentials/small-bounding-set", &["credentials"], small_bounding_set),
-        Case::new("credentials/ambient-and-securebits", &["credentials"], ambient_and_securebits),
+        Case::new("credentials/user-with-one-capability", &["credentials"], user_with_one_capability)
+            .privileged("capabilities take root"),
+        Case::new("credentials/user-with-none", &["credentials"], user_with_none).privileged("several users take root"),
+        Case::new("credentials/of-threads", &["credentials"], of_threads).privileged("several users take root"),
+        Case::new("credentials/saved-and-filesystem-ids", &["credentials"], saved_and_filesystem_ids)
+            .privileged("several users take root"),
+        Case::new("credentials/small-bounding-set", &["credentials"], small_bounding_set)
+            .privileged("capabilities take root"),
+        Case::new("credentials/ambient-and-securebits", &["credentials"], ambient_and_securebits)
+            .privileged("capabilities take root"),
         Case::new("credentials/no-new-privs", &["credentials"], no_new_privs),
     ]
 }

@@ -9,7 +9,9 @@ use crate::expect::{equal, that};
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("devices/stateless", &["devices"], stateless),
-        Case::new("devices/others", &["devices"], others).refused_at_dump("devices of this kind are not supported"),
+        Case::new("devices/others", &["devices"], others)
+            .privileged("the device is root's")
+            .refused_at_dump("devices of this kind are not supported"),
     ]
 }
 

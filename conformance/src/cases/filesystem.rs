@@ -15,8 +15,9 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("filesystem/cwd", &["filesystem"], cwd),
         Case::new("filesystem/umask", &["filesystem"], umask),
-        Case::new("filesystem/root", &["filesystem", "pipes"], root),
-        Case::new("filesystem/cwd-outside-of-root", &["filesystem", "pipes"], outside),
+        Case::new("filesystem/root", &["filesystem", "pipes"], root).privileged("chroot takes CAP_SYS_CHROOT"),
+        Case::new("filesystem/cwd-outside-of-root", &["filesystem", "pipes"], outside)
+            .privileged("chroot takes CAP_SYS_CHROOT"),
         Case::new("filesystem/cwd-deleted", &["filesystem"], deleted).refused_at_dump("the directory was deleted"),
         Case::new("filesystem/cwd-gone", &["filesystem"], cwd).after_dump(remove).refused_at_restore("it is gone"),
     ]

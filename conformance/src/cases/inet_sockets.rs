@@ -16,7 +16,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("inet_sockets/tcp-listening", SECTIONS, tcp_listening),
         Case::new("inet_sockets/tcp-not-connected", SECTIONS, tcp_not_connected),
-        Case::new("inet_sockets/tcp-options", SECTIONS, tcp_options),
+        Case::new("inet_sockets/tcp-options", SECTIONS, tcp_options).privileged("the options take CAP_NET_ADMIN"),
         Case::new("inet_sockets/tcp-both-families", SECTIONS, tcp_both_families),
         Case::new("inet_sockets/udp", SECTIONS, udp),
         Case::new("inet_sockets/udp-options", SECTIONS, udp_options),
@@ -32,7 +32,9 @@ pub fn cases() -> Vec<Case> {
             .after_dump(take_port)
             .refused_at_restore("is in use"),
         Case::new("inet_sockets/netlink", SECTIONS, netlink).refused_at_dump("netlink sockets"),
-        Case::new("inet_sockets/raw", SECTIONS, raw).refused_at_dump("raw IP sockets"),
+        Case::new("inet_sockets/raw", SECTIONS, raw)
+            .privileged("raw sockets take CAP_NET_RAW")
+            .refused_at_dump("raw IP sockets"),
     ]
 }
 

@@ -10,10 +10,12 @@ use crate::expect::{done, equal};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        Case::new("inotify/watches", &["inotify"], watches),
-        Case::new("inotify/of-another-user", &["inotify", "credentials"], of_another_user),
+        Case::new("inotify/watches", &["inotify"], watches).privileged("open_by_handle_at takes CAP_DAC_READ_SEARCH"),
+        Case::new("inotify/of-another-user", &["inotify", "credentials"], of_another_user)
+            .privileged("several users take root"),
         Case::new("inotify/unread", &["inotify"], unread).refused_at_dump("events that were not read"),
         Case::new("inotify/watched-file-gone", &["inotify"], watched_file_gone)
+            .privileged("open_by_handle_at takes CAP_DAC_READ_SEARCH")
             .after_dump(remove)
             .refused_at_restore("it is gone"),
     ]

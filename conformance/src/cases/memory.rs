@@ -26,7 +26,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/anonymous", memory, anonymous),
         Case::new("memory/file-private", files, file_private),
         Case::new("memory/file-shared", files, file_shared),
-        Case::new("memory/file-deleted", files, file_deleted),
+        Case::new("memory/file-deleted", files, file_deleted)
+            .privileged("to follow map_files takes CAP_CHECKPOINT_RESTORE"),
         Case::new("memory/file-shorter-than-mapping", files, file_shorter_than_mapping),
         Case::new("memory/shared-anonymous", memory, shared_anonymous),
         Case::new("memory/copy-on-write", memory, copy_on_write),
@@ -34,7 +35,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/stack-grows", memory, stack_grows),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
-        Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages),
+        Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages)
+            .privileged("shared memory with guard pages is copied through map_files"),
         Case::new("memory/reservations", memory, reservations),
         Case::new("memory/advice", memory, advice),
         Case::new("memory/locked", memory, locked),

@@ -18,7 +18,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("pipes/end-of-file", &["pipes"], end_of_file),
         Case::new("pipes/no-reader", &["pipes"], no_reader),
         Case::new("pipes/more-ends", &["pipes"], more_ends),
-        Case::new("pipes/inode", &["pipes"], inode),
+        Case::new("pipes/inode", &["pipes"], inode).privileged("chown takes CAP_CHOWN"),
         Case::new("pipes/hundreds", &["pipes", "descriptors"], hundreds),
         Case::new("pipes/outside", &["pipes"], outside).refused_at_dump("which is not part of the tree"),
     ]

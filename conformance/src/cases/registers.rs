@@ -22,7 +22,9 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("registers/protection-keys", registers, |checkpoint| held(checkpoint, protection_keys))
             .needs_cpu("protection keys", has_protection_keys),
-        Case::new("registers/tiles", &["registers", "attributes"], tiles).needs_cpu("AMX", has_tiles),
+        Case::new("registers/tiles", &["registers", "attributes"], tiles)
+            .needs(&["AMX tiles"])
+            .needs_cpu("AMX", has_tiles),
         Case::new("registers/tiles-not-used", &["registers", "attributes", "tasks"], tiles_not_used)
             .needs_cpu("AMX", has_tiles),
     ]

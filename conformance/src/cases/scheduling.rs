@@ -8,10 +8,11 @@ use crate::expect::{done, equal, that};
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("scheduling/of-the-process", &["scheduling"], of_the_process),
-        Case::new("scheduling/policies", &["scheduling"], policies),
-        Case::new("scheduling/deadline", &["scheduling"], deadline),
+        Case::new("scheduling/policies", &["scheduling"], policies).privileged("the policies take CAP_SYS_NICE"),
+        Case::new("scheduling/deadline", &["scheduling"], deadline).privileged("the policies take CAP_SYS_NICE"),
         Case::new("scheduling/affinity", &["scheduling"], affinity),
-        Case::new("scheduling/small-settings", &["scheduling"], small_settings),
+        Case::new("scheduling/small-settings", &["scheduling"], small_settings)
+            .privileged("the priorities take CAP_SYS_NICE"),
     ]
 }
 

@@ -23,7 +23,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("tasks/exit-signal", tasks, exit_signal),
         Case::new("tasks/threads", tasks, threads),
         Case::new("tasks/threads-of-children", tasks, threads_of_children),
-        Case::new("tasks/stopped-child", &["tasks", "signals"], stopped_child),
+        Case::new("tasks/stopped-child", &["tasks", "signals"], stopped_child).needs(&["stopped processes"]),
     ]
 }
 

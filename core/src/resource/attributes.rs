@@ -18,7 +18,7 @@ use crate::args;
 use crate::batch::{Batch, CallId, Slot, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::ourselves::{Capability, ourselves};
-use crate::procfs::ProcDir;
+use crate::procfs::{ProcDir, Status};
 use crate::resource::threads::{Answers, PR_SPEC_PRCTL};
 use crate::resource::{Check, Collect, OfProcess, OfThread, Rebuild, Resource};
 use crate::target::{Kcmp, Pid, RemotePtr};
@@ -41,6 +41,8 @@ pub struct Process {
     pub deny_write_execute: u32,
     /// Dynamic CPU features that the process asked for (`ARCH_GET_XCOMP_PERM`), bit by bit: of these, AMX.
     pub cpu_features: u64,
+    /// How many seccomp filters it had, which ckpt had as well: those of a container.
+    pub seccomp_filters: u32,
 }
 
 const PR_SET_PDEATHSIG: i32 = 1;
@@ -125,11 +127,20 @@ impl Resource for Attributes {
             memory_merge: replies.result(merge).unwrap_or(0) != 0,
             deny_write_execute: replies.result(deny).unwrap_or(0) as u32,
             cpu_features: replies.result(has_features).map_or(0, |_| replies.u64(features) & DYNAMIC_FEATURES),
+            seccomp_filters: seccomp_filters(&context.answers[0].status),
         })
     }
 
     fn check(saved: &Process, context: &mut Check<'_>) {
         let ours = ourselves();
+        let filters = seccomp_filters(&ours.status);
+        if saved.seccomp_filters != filters {
+            context.refuse(
+                "seccomp",
+                format!("it had {} filter(s) of its container, and ckpt has {filters} here", saved.seccomp_filters),
+                "restore it in a container with the same profile",
+            );
+        }
         // Below what it is only with the privilege; and what ours may be at least is not to be seen.
         if saved.oom_score_adj < ours.oom_score_adj.min(0) && !ours.may(Capability::SYS_RESOURCE) {
             context.refuse(
@@ -204,11 +215,11 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
     for answers in context.answers {
         let thread = format!("thread {}", answers.tid);
         let status = &answers.status;
-        if status.field("Seccomp").is_some_and(|mode| mode != "0") {
+        if status.field("Seccomp").is_some_and(|mode| mode != "0") && !has_our_seccomp(status) {
             refusals.push((
                 thread.clone(),
-                "it has a seccomp filter".to_string(),
-                "start the program without one (a container's profile counts)",
+                "it has a seccomp filter that ckpt does not have".to_string(),
+                "start the program without one, or run ckpt in the same container",
             ));
         }
         if let Some(features) = status.field("x86_Thread_features").filter(|features| !features.is_empty()) {
@@ -238,6 +249,20 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
         context.refuse(subject, why, help);
     }
     Ok(())
+}
+
+/// `Seccomp_filters` of a status (kernel 5.9), 0 where there is none.
+fn seccomp_filters(status: &Status) -> u32 {
+    status.field("Seccomp_filters").and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+/// Whether a thread has just as many seccomp filters as ckpt itself: then they are those of the container that both are in,
+/// which a skeleton is born with. Filters cannot be read without privileges, but none is taken off ever, so a program
+/// in our container has at least ours.
+fn has_our_seccomp(status: &Status) -> bool {
+    let ours = &ourselves().status;
+    let filters = seccomp_filters(status);
+    filters > 0 && filters == seccomp_filters(ours) && status.field("Seccomp") == ours.field("Seccomp")
 }
 
 /// Whether the end of the process would undo what it did to System V semaphores (semop(2)).

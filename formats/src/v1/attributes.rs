@@ -12,6 +12,7 @@ wire_struct! {
         memory_merge: bool,
         deny_write_execute: u32,
         cpu_features: u64,
+        seccomp_filters: u32,
     }
 }
 

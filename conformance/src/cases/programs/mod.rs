@@ -18,7 +18,8 @@ pub fn cases() -> Vec<Case> {
             "programs/deleted-executable",
             &["fifos", "files", "memory", "tasks"],
             script(deleted_executable, &[("/bin/bash", "bash"), ("/usr/bin/cmp", "diffutils")]),
-        ),
+        )
+        .needs(&["deleted executables"]),
         Case::program("programs/perl", RESOURCES, script(perl, &[("/usr/bin/perl", "perl")])),
         Case::program(
             "programs/python",

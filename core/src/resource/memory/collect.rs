@@ -10,8 +10,10 @@ use std::sync::mpsc::{self, Receiver};
 use crate::error::DumpError;
 use crate::procfs;
 use crate::resource::Collect;
+use nix::sys::stat::FileStat;
+
 use crate::resource::files::{DeletedId, Identity, Located, locate, without_deleted};
-use crate::resource::memory::objects::{Known, memfd_name};
+use crate::resource::memory::objects::{Known, NAMED_FOR_SHARED, memfd_name};
 use crate::resource::memory::{Layout, LockFuture, Mapping, Memory, Objects, Source};
 use crate::target::Target;
 
@@ -202,16 +204,29 @@ fn file_source(
     let path = format!("map_files/{:x}-{:x}", found.start, found.end);
     let proc = context.target.proc();
     let key = (found.major, found.minor, found.inode);
-    let Known { link, stat, located } = match objects.known.entry(key) {
-        Entry::Occupied(known) => known.get().clone(),
+    let known = match objects.known.entry(key) {
+        Entry::Occupied(known) => Some(known.get().clone()),
         Entry::Vacant(unknown) => {
             let looked = proc.link(&path).and_then(|link| {
-                let stat = proc.stat(&path)?;
-                Ok(Known { located: locate(&link, &stat), link, stat })
+                let stat = match proc.stat(&path) {
+                    Ok(stat) => stat,
+                    // To follow these links takes CAP_CHECKPOINT_RESTORE.
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                        let Some((path, stat)) = find_mapped(proc, &link, found)? else { return Ok(None) };
+                        return Ok(Some(Known { located: locate(&link, &stat), link, stat, path: Some(path) }));
+                    }
+                    Err(error) => return Err(error),
+                };
+                Ok(Some(Known { located: locate(&link, &stat), link, stat, path: None }))
             });
-            unknown.insert(looked.map_err(|error| context.io_error(&path, error))?).clone()
+            let looked = looked.map_err(|error| context.io_error(&path, error))?;
+            looked.map(|known| unknown.insert(known).clone())
         }
     };
+    let Some(Known { link, stat, located, path: other_path }) = known else {
+        return nameless(context, objects, found);
+    };
+    let path = other_path.unwrap_or(path);
     let (link, stat) = (&link, &stat);
     // Only a shared mapping of a file that was opened for writing may be made writable.
     let writable = found.shared && found.has("mw");
@@ -255,6 +270,58 @@ fn file_source(
             context.refuse(subject(found), why, "");
             Ok(None)
         }
+    }
+}
+
+/// Whether a `stat` is of what is mapped, by what `maps` shows.
+fn is_mapped(found: &procfs::Mapping, stat: &FileStat) -> bool {
+    let device = (libc::major(stat.st_dev), libc::minor(stat.st_dev));
+    (device, stat.st_ino) == ((found.major, found.minor), found.inode)
+}
+
+/// Finds a mapped file without the right to follow `map_files`: by its path, or by a descriptor of the process that leads
+/// to it. Gives what of `/proc/PID` leads there; for a path, that is not looked at again.
+fn find_mapped(
+    proc: &procfs::ProcDir,
+    link: &std::ffi::OsStr,
+    found: &procfs::Mapping,
+) -> std::io::Result<Option<(String, FileStat)>> {
+    if let Ok(stat) = nix::sys::stat::lstat(std::path::Path::new(link))
+        && is_mapped(found, &stat)
+    {
+        return Ok(Some((String::new(), stat)));
+    }
+    for number in proc.numbers("fd")? {
+        let path = format!("fd/{number}");
+        if let Ok(stat) = proc.stat(&path)
+            && is_mapped(found, &stat)
+        {
+            return Ok(Some((path, stat)));
+        }
+    }
+    Ok(None)
+}
+
+/// Memory that nothing leads to that we may follow: shared memory is copied by the process itself.
+fn nameless(
+    context: &mut Collect<'_>,
+    objects: &mut Objects,
+    found: &procfs::Mapping,
+) -> Result<Option<Source>, DumpError> {
+    let name = found.name.as_os_str().as_bytes();
+    let is_shared_memory = name == b"/dev/zero (deleted)" || name == NAMED_FOR_SHARED;
+    if !is_shared_memory || !found.shared {
+        let why = "its file has no path and no descriptor leads to it";
+        context.refuse(subject(found), why, "restore the file's name, or dump with CAP_CHECKPOINT_RESTORE");
+        return Ok(None);
+    }
+    match objects.copy_shared(context.target, found) {
+        Ok(Ok(id)) => Ok(Some(Source::Object { id, offset: found.offset, writable: found.has("mw") })),
+        Ok(Err(why)) => {
+            context.refuse(subject(found), why, "dump with CAP_CHECKPOINT_RESTORE");
+            Ok(None)
+        }
+        Err(source) => Err(context.target_error(source)),
     }
 }
 

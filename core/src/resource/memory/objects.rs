@@ -43,7 +43,12 @@ pub(super) struct Known {
     pub link: OsString,
     pub stat: FileStat,
     pub located: Located,
+    /// What of `/proc/PID` leads to it, where the link of the mapping may not be followed.
+    pub path: Option<String>,
 }
+
+/// How `maps` shows anonymous shared memory that was made again without the right to follow `map_files`: by a memfd.
+pub(super) const NAMED_FOR_SHARED: &[u8] = b"/memfd:dev-zero (deleted)";
 
 #[derive(Debug)]
 struct Found {
@@ -105,6 +110,56 @@ impl Objects {
         Ok(Ok(id))
     }
 
+    /// Notes anonymous shared memory that no link may be followed to. The process copies it for us, as far as it is
+    /// mapped. The inner error says why it cannot be saved.
+    pub(super) fn copy_shared(
+        &mut self,
+        target: &mut dyn Target,
+        mapping: &crate::procfs::Mapping,
+    ) -> Result<Result<ObjectId, String>, TargetError> {
+        let end = mapping.offset + mapping.len();
+        let inode = (nix::sys::stat::makedev(mapping.major.into(), mapping.minor.into()), mapping.inode);
+        if let Some(&known) = self.by_inode.get(&inode) {
+            if self.found[known.0 as usize].object.size < end {
+                return Ok(Err(
+                    "parts of this shared memory are mapped in one process and other parts elsewhere".into()
+                ));
+            }
+            return Ok(Ok(known));
+        }
+        if mapping.offset != 0 || !mapping.read {
+            return Ok(Err("this shared memory is mapped in part, or may not be read".into()));
+        }
+        let pid = target.pid();
+        let failed = |operation| move |source| TargetError::Driver { pid, operation, source };
+        let copy = memfd_create(c"dev-zero", MFdFlags::MFD_CLOEXEC)
+            .map_err(|errno| failed("memfd_create")(io::Error::from(errno)))?;
+        ftruncate(&copy, end as i64).map_err(|errno| failed("ftruncate")(io::Error::from(errno)))?;
+        use std::os::fd::AsFd;
+        let theirs = target.fds_in(&[copy.as_fd()])?[0];
+        let mut at = 0;
+        while at < end {
+            let size = (end - at).min(64 << 20);
+            let mut batch = Batch::new();
+            let wrote = batch.try_call(Sysno::pwrite64, args![theirs, mapping.start + at, size, at]);
+            match target.run(&batch)?.result(wrote) {
+                Ok(wrote) if wrote > 0 => at += wrote,
+                _ => {
+                    target.fds_done(&[theirs])?;
+                    return Ok(Err("it has pages that may not be read (guard pages)".into()));
+                }
+            }
+        }
+        target.fds_done(&[theirs])?;
+        let content = File::from(copy);
+        punch_zeros(&content, end).map_err(failed("copying shared memory"))?;
+        let id = ObjectId(self.found.len() as u32);
+        self.by_inode.insert(inode, id);
+        let object = Object { kind: ObjectKind::Anonymous, size: end, pages: Vec::new() };
+        self.found.push(Found { object, content });
+        Ok(Ok(id))
+    }
+
     /// Writes the content of all objects into the image.
     pub fn write(&mut self, store: &mut dyn ImageWriter, meter: &mut Meter<'_>) -> Result<Vec<Object>, DumpError> {
         let mut objects = Vec::with_capacity(self.found.len());
@@ -115,6 +170,21 @@ impl Objects {
         }
         Ok(objects)
     }
+}
+
+/// Makes holes of pages that hold zeros.
+fn punch_zeros(content: &File, size: u64) -> io::Result<()> {
+    let mut page = vec![0u8; PAGE_SIZE as usize];
+    for at in (0..size).step_by(PAGE_SIZE as usize) {
+        let wanted = PAGE_SIZE.min(size - at) as usize;
+        content.read_exact_at(&mut page[..wanted], at)?;
+        if page[..wanted].iter().all(|&byte| byte == 0) {
+            use nix::fcntl::{FallocateFlags, fallocate};
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(content, flags, at as i64, wanted as i64)?;
+        }
+    }
+    Ok(())
 }
 
 /// A page-aligned buffer, as `O_DIRECT` wants it.
@@ -268,6 +338,13 @@ fn make_anonymous(target: &mut dyn Target, size: u64) -> Result<OwnedFd, Restore
     let mapped = target.run(&batch).map_err(failed)?.value(mapped);
     let end = mapped + size.next_multiple_of(PAGE_SIZE);
     let file = target.proc().open_with(format!("map_files/{mapped:x}-{end:x}"), OFlag::O_RDWR);
+    let file = match file {
+        // Without CAP_CHECKPOINT_RESTORE the link may not be followed. A memfd is the same but for its name in maps.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => memfd_create(c"dev-zero", MFdFlags::MFD_CLOEXEC)
+            .and_then(|memfd| ftruncate(&memfd, size as i64).map(|()| File::from(memfd)))
+            .map_err(io::Error::from),
+        other => other,
+    };
     let mut batch = Batch::new();
     batch.call(Sysno::munmap, args![RemotePtr(mapped), size]);
     target.run(&batch).map_err(failed)?;

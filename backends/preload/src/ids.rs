@@ -1,0 +1,150 @@
+//! Getting the ids of an image back.
+//!
+//! With CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN) in the pid namespace, `clone3(set_tid)` makes a task with a chosen id.
+//! Anyone may have that right in a user and pid namespace of his own (`unshare -Ucpf --keep-caps --mount-proc`).
+//! Without it the kernel gives ids out one after the other, up to `/proc/sys/kernel/pid_max` and around: tasks are made
+//! and ended until the wanted one is next. That takes about a second for each round of 32,768 ids, so it is tried only
+//! where the range is that small. Ids below 300 are given out once, when the namespace is young, and cannot be met again.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use ckpt_core::Pid;
+
+use crate::sys;
+
+/// Largest `pid_max` that is worth a walk: 4,194,304, the default of large hosts, takes minutes.
+pub const LARGEST_RANGE: u64 = 131_072;
+/// `RESERVED_PIDS` of the kernel: once it has given out all ids, it begins anew with this one.
+pub const LOWEST: i32 = 300;
+/// How long one id may take. Others on the host may take the wanted one just before us, which costs a round.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How ids are got.
+#[derive(Debug, Default)]
+pub struct Ids {
+    /// Whether `set_tid` is known not to be permitted.
+    walking: bool,
+    /// The last id that the kernel gave out to us.
+    last: Option<i32>,
+    range: u64,
+    /// To ask what is in use with.
+    probe: Option<OwnedFd>,
+}
+
+/// `/proc/sys/kernel/pid_max`.
+pub fn range() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/pid_max")?;
+    text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+impl Ids {
+    pub fn new() -> io::Result<Ids> {
+        Ok(Ids { walking: !sys::may_choose_ids(), last: None, range: range()?, probe: None })
+    }
+
+    /// Lends it out: for the time that a tree is borrowed otherwise.
+    pub fn take(&mut self) -> Ids {
+        std::mem::take(self)
+    }
+
+    /// Has a task made with an id: chosen, where that is permitted; else `work` makes one without a choice and says which
+    /// id it got, and undoes it if it was the wrong one.
+    ///
+    /// # Errors
+    /// As `work`; EEXIST if the id is in use or cannot be met.
+    pub fn make(&mut self, id: Pid, mut work: impl FnMut(Step) -> io::Result<Pid>) -> io::Result<()> {
+        if !self.walking {
+            match self.choose(id, &mut work) {
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.walking = true,
+                other => return other,
+            }
+        }
+        if self.range > LARGEST_RANGE {
+            return Err(io::Error::other(format!("{NOT_PERMITTED} (pid_max is {})", self.range)));
+        }
+        let begin = Instant::now();
+        loop {
+            if begin.elapsed() > PATIENCE {
+                return Err(io::Error::from_raw_os_error(libc::EEXIST));
+            }
+            if self.in_use(id.0)? {
+                // It was free when the plan was made: most likely it belongs to something short, as most do.
+                self.last = None;
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
+            if !self.walk_to(id.0)? {
+                continue;
+            }
+            let made = work(Step::Make(None))?;
+            self.last = Some(made.0);
+            if made == id {
+                return Ok(());
+            }
+            // Somebody was faster. What was made has the wrong id.
+            work(Step::Undo(made))?;
+        }
+    }
+
+    fn in_use(&mut self, id: i32) -> io::Result<bool> {
+        let probe = match &mut self.probe {
+            Some(probe) => probe,
+            none => none.insert(sys::id_probe()?),
+        };
+        Ok(sys::id_in_use(probe.as_fd(), id))
+    }
+
+    /// Whether a process or thread has an id.
+    fn is_taken(&self, id: Pid) -> bool {
+        std::path::Path::new(&format!("/proc/{id}")).exists()
+    }
+
+    /// Where ids may be chosen. That of a thread which has just ended is free a moment after it is gone from /proc.
+    fn choose(&self, id: Pid, work: &mut impl FnMut(Step) -> io::Result<Pid>) -> io::Result<()> {
+        let begin = Instant::now();
+        loop {
+            match work(Step::Make(Some(id))) {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EEXIST)
+                        && !self.is_taken(id)
+                        && begin.elapsed() < Duration::from_secs(1) =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other => return other.map(drop),
+            }
+        }
+    }
+
+    /// Has the kernel give out ids until the wanted one should be next. False after a whole round.
+    fn walk_to(&mut self, id: i32) -> io::Result<bool> {
+        for _ in 0..self.range + self.range / 4 {
+            let last = match self.last.take() {
+                Some(last) => last,
+                None => sys::give_out_id()?,
+            };
+            // Those in between are not given out as long as they are in use.
+            if last < id && id - last < 64 {
+                let mut between = last + 1..id;
+                if between.try_fold(true, |all, id| Ok::<_, io::Error>(all && self.in_use(id)?))? {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// What is to be done for an id.
+pub enum Step {
+    /// Make the task, with the given id or the next.
+    Make(Option<Pid>),
+    /// End what was made.
+    Undo(Pid),
+}
+
+/// What is missing, and the way out.
+pub const NOT_PERMITTED: &str = "choosing process ids needs CAP_CHECKPOINT_RESTORE, or a pid namespace of one's own: \
+                                 unshare -Ucpf --keep-caps --mount-proc ckpt --backend preload restore ...";

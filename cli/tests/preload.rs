@@ -1,0 +1,173 @@
+//! `--backend preload`: programs that have the shim from their start, and what is said where that cannot be.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use ckpt_core::Pid;
+use common::*;
+
+fn preload<const N: usize>(arguments: [&str; N]) -> std::process::Command {
+    let mut command = ckpt(["--backend", "preload"]);
+    command.args(arguments);
+    command
+}
+
+/// Ends what a test has started, whatever becomes of the test.
+struct Ended(Pid);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        kill(self.0, libc::SIGKILL);
+        wait_for(self.0, None);
+    }
+}
+
+/// Starts a shell script in the background with the shim.
+fn start_script(workshop: &Workshop, script: &str) -> Ended {
+    let mut command = preload(["run", "-d", "-o", "output", "--", "/bin/bash", "-c", script]);
+    adopt_orphans();
+    let outcome = run(command.current_dir(workshop.path()));
+    outcome.assert_done();
+    Ended(Pid(outcome.out.trim().parse().unwrap()))
+}
+
+/// Counts, each number by another program.
+const COUNT: &str = "n=0; while :; do /usr/bin/env echo $n; n=$((n+1)); /usr/bin/env sleep 0.01; done";
+
+fn last_number(directory: &Path) -> u64 {
+    let output = fs::read_to_string(directory.join("output")).unwrap_or_default();
+    output.lines().next_back().and_then(|line| line.parse().ok()).unwrap_or(0)
+}
+
+fn numbers_are_in_order(directory: &Path) -> bool {
+    let output = fs::read_to_string(directory.join("output")).unwrap();
+    output.lines().enumerate().all(|(n, line)| line == n.to_string())
+}
+
+#[test]
+fn a_shell_with_its_children_is_saved_and_brought_back() {
+    let workshop = Workshop::new();
+    let root = start_script(&workshop, COUNT);
+    let pid = root.0.to_string();
+    for round in 0..3 {
+        let begun = last_number(workshop.path());
+        wait_until("it counts", || last_number(workshop.path()) >= begun + 5);
+        let image = workshop.path().join(format!("image-{round}"));
+        let image = image.to_str().unwrap();
+        run(preload(["dump", "-t", &pid, "-D", image]).current_dir(workshop.path())).assert_done();
+        wait_for(root.0, None);
+        let saved = last_number(workshop.path());
+        run(preload(["restore", "-d", "-D", image]).current_dir(workshop.path())).assert_done();
+        wait_until("it goes on", || last_number(workshop.path()) >= saved + 5);
+    }
+    assert!(numbers_are_in_order(workshop.path()));
+}
+
+#[test]
+fn nothing_of_the_shim_is_to_be_seen() {
+    let workshop = Workshop::new();
+    let script = "ls /proc/$$/fd >fds; env >environment; cat /proc/$$/maps >maps; while :; do sleep 1; done";
+    let _root = start_script(&workshop, script);
+    let read = |name: &str| fs::read_to_string(workshop.path().join(name)).unwrap_or_default();
+    wait_until("it has looked", || read("maps").contains("[stack]"));
+    assert_eq!(read("fds").split_whitespace().collect::<Vec<_>>(), ["0", "1", "2"]);
+    for word in ["CKPT_SHIM_FD", "LD_PRELOAD"] {
+        assert!(!read("environment").contains(word), "{}", read("environment"));
+    }
+    assert!(!read("maps").contains("memfd") && !read("maps").contains("ckpt"), "{}", read("maps"));
+}
+
+#[test]
+fn a_program_without_the_shim_says_how_to_start_it() {
+    let workshop = Workshop::new();
+    let subject = Subject::start(&workshop);
+    let pid = subject.pid.to_string();
+    let image = workshop.image();
+    run(&mut preload(["dump", "-t", &pid, "-D", image.to_str().unwrap()]))
+        .assert_error(REFUSED, &["shim", "ckpt run --backend preload"]);
+    workshop.assert_no_image();
+    subject.assert_unharmed();
+}
+
+#[test]
+fn a_stopped_program_is_refused_and_stays_stopped() {
+    let workshop = Workshop::new();
+    let root = start_script(&workshop, COUNT);
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    kill(root.0, libc::SIGSTOP);
+    let state = || ckpt_core::procfs::ProcDir::open(root.0).unwrap().stat_line().unwrap().state;
+    wait_until("it is stopped", || state() == 'T');
+    let image = workshop.image();
+    run(&mut preload(["dump", "-t", &root.0.to_string(), "-D", image.to_str().unwrap()]))
+        .assert_error(REFUSED, &["stopped", "kill -CONT"]);
+    assert_eq!(state(), 'T');
+}
+
+/// An ELF file without an interpreter: what a statically linked program is, as far as the kernel and the shim care.
+fn write_static_program(path: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    let mut elf = vec![0u8; 120];
+    elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    // Type, machine, version, entry, program headers at 64, sizes, count.
+    elf[16..20].copy_from_slice(&[2, 0, 62, 0]);
+    elf[20] = 1;
+    elf[24..32].copy_from_slice(&0x40_0078u64.to_le_bytes());
+    elf[32] = 64;
+    elf[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]);
+    // PT_LOAD, readable and executable, the whole file.
+    elf[64] = 1;
+    elf[68] = 5;
+    elf[80..88].copy_from_slice(&0x40_0000u64.to_le_bytes());
+    // exit(0)
+    let code = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
+    elf.extend(code);
+    let size = (elf.len() as u64).to_le_bytes();
+    elf[96..104].copy_from_slice(&size);
+    elf[104..112].copy_from_slice(&size);
+    elf[112..114].copy_from_slice(&[0, 0x10]);
+    fs::write(path, elf).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn a_static_program_is_not_started_and_one_in_the_tree_is_named() {
+    let workshop = Workshop::new();
+    let program = workshop.path().join("static");
+    write_static_program(&program);
+    assert!(std::process::Command::new(&program).status().unwrap().success(), "it is a program");
+    let program = program.to_str().unwrap();
+    run(preload(["run", "--", program]).current_dir(workshop.path())).assert_error(FAILED, &["statically linked"]);
+    let mut command = preload(["run", "-o", "output", "--", "/bin/bash", "-c", "\"$0\"; echo $?", program]);
+    run(command.current_dir(workshop.path())).assert_done();
+    let output = fs::read_to_string(workshop.path().join("output")).unwrap();
+    assert!(output.contains(&format!("{program} is statically linked: it runs unprotected")), "{output}");
+    assert!(output.ends_with("0\n"), "{output}");
+}
+
+#[test]
+fn a_killed_dump_leaves_the_program_as_it_was() {
+    let workshop = Workshop::new();
+    let root = start_script(&workshop, COUNT);
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    let pid = root.0.to_string();
+    let mut killed = 0;
+    for trial in 0..60u64 {
+        let image = workshop.path().join("image");
+        let _ = fs::remove_dir_all(&image);
+        let mut dump = preload(["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()]);
+        let mut dump = dump.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+        // Spread over the time that one takes; which instant it hits does not matter, that it hits some does.
+        std::thread::sleep(std::time::Duration::from_micros(500 * (trial % 30)));
+        let _ = dump.kill();
+        killed += u32::from(!dump.wait().unwrap().success());
+        let begun = last_number(workshop.path());
+        wait_until("it goes on", || last_number(workshop.path()) > begun);
+    }
+    assert!(killed >= 10, "only {killed} dumps were killed before they were done");
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    assert!(!maps.contains("ckpt-agent"), "{maps}");
+    assert_eq!(names(Path::new(&format!("/proc/{pid}/fd"))), ["0", "1", "2"]);
+    assert!(numbers_are_in_order(workshop.path()));
+}
