@@ -33,6 +33,7 @@ const POLLIN: u32 = 1;
 const SYS_CLOSE: u64 = 3;
 const SYS_NANOSLEEP: u64 = 35;
 const SYS_SENDTO: u64 = 44;
+const SYS_KILL: u64 = 62;
 const SYS_FUTEX: u64 = 202;
 const SYS_EXIT_GROUP: u64 = 231;
 const SYS_CLONE3: u64 = 435;
@@ -100,23 +101,47 @@ unsafe extern "C" fn boot(lane: *mut Lane) -> ! {
         let state = &*(&raw const (*lane).boot).cast::<AtomicU32>();
         state.store(if made < 0 { made as u32 } else { BOOT_READY as u32 }, Ordering::Release);
         system(SYS_FUTEX, [&raw const (*lane).boot as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+        let pause = [0u64, 5_000_000];
+        let is_gone = || driver != 0 && system(SYS_KILL, [driver as u64, 0, 0, 0, 0, 0]) == -(ESRCH as i64);
+        if made < 0 {
+            // The driver takes us out of here. Without descriptors there is little to notice its end by.
+            let mut patience = 6_000;
+            loop {
+                system(SYS_NANOSLEEP, [&raw const pause as u64, 0, 0, 0, 0, 0]);
+                patience -= 1;
+                if is_gone() || patience == 0 {
+                    let _ = state.compare_exchange(made as u32, BOOT_GONE as u32, Ordering::AcqRel, Ordering::Acquire);
+                    sigreturn((*lane).frame);
+                }
+            }
+        }
         // struct pollfd: descriptor, events, returned events. A descriptor below 0 is passed over.
         let events = POLLIN as u64;
         let mut watched = [ours as u32 as u64 | events << 32, pidfd as u32 as u64 | events << 32];
-        if made < 0 {
-            watched[0] = u32::MAX as u64;
+        // Whom we cannot watch at all has two seconds to take its socket.
+        let mut patience = 20;
+        loop {
+            let ready = system(SYS_POLL, [watched.as_mut_ptr() as u64, 2, 100, 0, 0, 0]);
+            if ready > 0 || state.load(Ordering::Acquire) == BOOT_TAKEN as u32 {
+                break;
+            }
+            if ready < 0 {
+                system(SYS_NANOSLEEP, [&raw const pause as u64, 0, 0, 0, 0, 0]);
+            }
+            if pidfd < 0 {
+                patience -= 1;
+                if is_gone() || (driver == 0 && patience == 0) {
+                    break;
+                }
+            }
         }
-        // Whom we cannot watch has this long to send something. That it has our socket shows afterwards in any case.
-        let limit = match pidfd {
-            0.. => -1i64 as u64,
-            gone if gone == -ESRCH => 0,
-            _ => 2000,
-        };
-        while system(SYS_POLL, [watched.as_mut_ptr() as u64, 2, limit, 0, 0, 0]) == -EINTR {}
         if pidfd >= 0 {
             system(SYS_CLOSE, [pidfd as u64, 0, 0, 0, 0, 0]);
         }
-        if made < 0 {
+        let left = state.compare_exchange(BOOT_READY as u32, BOOT_GONE as u32, Ordering::AcqRel, Ordering::Acquire);
+        if left.is_ok() {
+            system(SYS_CLOSE, [ours as u64, 0, 0, 0, 0, 0]);
+            system(SYS_CLOSE, [theirs as u64, 0, 0, 0, 0, 0]);
             sigreturn((*lane).frame);
         }
         system(SYS_CLOSE, [theirs as u64, 0, 0, 0, 0, 0]);

@@ -253,6 +253,7 @@ impl Channel {
         loop {
             match word.load(Ordering::Acquire) as i32 {
                 protocol::BOOT_READY => break,
+                protocol::BOOT_GONE => return Err(self.left_by_itself()),
                 protocol::BOOT_WAITING if looks > 0 => {
                     looks -= 1;
                     std::thread::yield_now();
@@ -271,9 +272,23 @@ impl Channel {
         }
         let [theirs, ours] = self.head().pair.map(RemoteFd);
         let ours = take(ours)?;
+        // From here on the agent stays as long as we have the socket.
+        let (ready, taken) = (protocol::BOOT_READY as u32, protocol::BOOT_TAKEN as u32);
+        if word.compare_exchange(ready, taken, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return Err(self.left_by_itself());
+        }
         limit(&ours);
         self.wait = Wait::Socket { ours, theirs };
         Ok(())
+    }
+
+    fn left_by_itself(&self) -> TargetError {
+        self.driver_error("getting in", io::Error::other("it went on by itself, as ckpt was held up; try again"))
+    }
+
+    /// Frozen targets: whether the thread has left the agent by itself, and runs the program.
+    pub fn has_left(&self) -> bool {
+        self.head().boot == protocol::BOOT_GONE
     }
 
     /// Frozen targets: what the agent has open, should it not have come to [`connect`](Channel::connect).
@@ -526,7 +541,11 @@ impl Channel {
         let raw: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let sent = sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"f")], &rights, MsgFlags::MSG_NOSIGNAL, None);
-        sent.map(drop).map_err(|_| TargetError::Gone { pid: self.pid })
+        sent.map(drop).map_err(|errno| {
+            // Whoever waits for a descriptor gets a word without one.
+            let _ = nix::sys::socket::send(ours.as_raw_fd(), b"f", MsgFlags::MSG_NOSIGNAL);
+            self.driver_error("passing descriptors", errno.into())
+        })
     }
 
     fn fds_in_once(

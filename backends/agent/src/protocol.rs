@@ -60,7 +60,12 @@ pub const COMMAND_LEAVE: u32 = u32::MAX;
 
 /// Values of [`Lane::boot`]. Another value is the negative error number of the call that failed.
 pub const BOOT_WAITING: i32 = 0;
+/// The sockets are there.
 pub const BOOT_READY: i32 = 1;
+/// The driver has its own, and says so. Only from `BOOT_READY`.
+pub const BOOT_TAKEN: i32 = 2;
+/// The agent has left by itself, as nobody came: the thread runs the program. Never from `BOOT_TAKEN`.
+pub const BOOT_GONE: i32 = 3;
 
 /// The head of a lane. Addresses are the target's.
 #[repr(C)]

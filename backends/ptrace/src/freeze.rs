@@ -9,6 +9,7 @@ use ckpt_core::backend::{DumpOptions, FrozenProcess};
 use ckpt_core::error::{DumpError, Refusal};
 use ckpt_core::image::{Task, Zombie};
 use ckpt_core::procfs::{ProcDir, Stat};
+use ckpt_core::resource::attributes;
 use ckpt_core::{Pid, TargetError};
 
 use nix::errno::Errno;
@@ -187,6 +188,7 @@ fn freeze_all(
             continue;
         }
         outcome?;
+        refuse_filtered(stopped)?;
         let stat = stat.map_err(|error| gone(pid, error))?;
         stopped.frozen.task = task(pid, &stat);
         let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
@@ -288,6 +290,22 @@ fn stop_threads(
     stopped.tracees.sort_by_key(|tracee| (tracee.tid != pid, tracee.tid));
     if stopped.tracees[0].tid != pid {
         return Err(unsupported_leader(pid));
+    }
+    Ok(())
+}
+
+/// A thread with a seccomp filter may be killed for a call that is made in its name, so it is refused before the first.
+fn refuse_filtered(stopped: &StoppedProcess) -> Result<(), DumpError> {
+    let pid = stopped.frozen.task.pid;
+    for tracee in &stopped.tracees {
+        // Of the others the cheaper question is enough: a strict mode without filters comes from the main thread.
+        if tracee.tid != pid && sys::has_no_filter(tracee.tid) {
+            continue;
+        }
+        let status = stopped.process.proc.thread_status(tracee.tid).map_err(|error| gone(pid, error))?;
+        if let Some(refusal) = attributes::refuse_seccomp(pid, tracee.tid, &status) {
+            return Err(DumpError::Unsupported(vec![refusal]));
+        }
     }
     Ok(())
 }

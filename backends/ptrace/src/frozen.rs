@@ -106,8 +106,11 @@ struct Entry {
 /// takes a wake-up of the process.
 fn enter_all(processes: &mut [StoppedProcess], entries: &mut Vec<Entry>) -> Result<(), (Pid, TraceError)> {
     let mut search = Search::default();
+    // A place of its own for each: those that share memory are refused later, and until then are not in each other's way.
+    let mut lowest = 0x2000_0000_0000;
     for process in &mut *processes {
-        let entry = Entry::prepare(process, &mut search).map_err(|error| (process.frozen.task.pid, error))?;
+        let entry = Entry::prepare(process, &mut search, lowest).map_err(|error| (process.frozen.task.pid, error))?;
+        lowest = entry.base + entry.size as u64;
         entries.push(entry);
     }
     for step in [Entry::call, Entry::continue_call, Entry::start_agent, Entry::connect] {
@@ -120,14 +123,18 @@ fn enter_all(processes: &mut [StoppedProcess], entries: &mut Vec<Entry>) -> Resu
 
 impl Entry {
     /// Finds out how to get in, and lays out the way back.
-    fn prepare(stopped: &mut StoppedProcess, search: &mut Search) -> Result<Entry, TraceError> {
+    fn prepare(stopped: &mut StoppedProcess, search: &mut Search, lowest: u64) -> Result<Entry, TraceError> {
         let process = &stopped.process;
         let mappings = Mapping::parse_all(&process.proc.read("maps")?).unwrap_or_default();
         let entrance = search.entrance(process, &mappings)?;
         let others = stopped.tracees.len() - 1;
         let lanes = std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, others));
         let size = Region::size_for(lanes);
-        let base = free_range(&mappings, size as u64);
+        if mappings.len() + 3 > most_mappings() {
+            // The call that maps the region would succeed, and the agent could not split it.
+            return Err(TraceError::NoRoom { bytes: size, errno: nix::errno::Errno::ENOMEM });
+        }
+        let base = free_range(&mappings, size as u64, lowest);
         let mut found = Err(TraceError::NoStack(stopped.frozen.task.pid));
         for (index, tracee) in stopped.tracees.iter_mut().enumerate() {
             match tracee.establish(process, &entrance, &mappings) {
@@ -211,6 +218,10 @@ impl Entry {
                 Step::Inside => {
                     tracee.leave_agent()?;
                     let channel = self.channel.as_ref().expect("the agent was started");
+                    if channel.has_left() {
+                        tracee.has_left();
+                        return Ok(());
+                    }
                     let fds = channel.their_socket().map_or_else(|| channel.boot_descriptors(), |fd| vec![fd]);
                     for fd in fds {
                         tracee.inject(&self.entrance, libc::SYS_close, [fd.0 as u64, 0, 0, 0, 0, 0])?;
@@ -227,6 +238,15 @@ impl Entry {
     }
 }
 
+/// `vm.max_map_count`.
+fn most_mappings() -> usize {
+    static MOST: LazyLock<usize> = LazyLock::new(|| {
+        let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+        text.trim().parse().unwrap_or(65_530)
+    });
+    *MOST
+}
+
 fn own_pid_namespace() -> Option<std::ffi::OsString> {
     static OURS: LazyLock<Option<std::ffi::OsString>> =
         LazyLock::new(|| std::fs::read_link("/proc/self/ns/pid").ok().map(Into::into));
@@ -234,9 +254,9 @@ fn own_pid_namespace() -> Option<std::ffi::OsString> {
 }
 
 /// A range that no mapping has, with a good distance to its neighbours.
-fn free_range(mappings: &[Mapping], size: u64) -> u64 {
+fn free_range(mappings: &[Mapping], size: u64, lowest: u64) -> u64 {
     const DISTANCE: u64 = 16 << 20;
-    let mut low: u64 = 0x2000_0000_0000;
+    let mut low = lowest.next_multiple_of(1 << 21);
     for mapping in mappings {
         if mapping.end + DISTANCE <= low {
             continue;

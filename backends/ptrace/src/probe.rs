@@ -79,6 +79,12 @@ pub fn check(image: &Image) -> Vec<Refusal> {
             let why = format!("thread {} has {size} bytes of vector registers, which no CPU has", thread.tid);
             refusals.push(refusal("registers", why, "the image is damaged; use another copy of it"));
         }
+        // The segments of 64-bit programs (`__USER_CS`, `__USER_DS`).
+        let general = &thread.context.registers.general;
+        if (general.cs, general.ss) != (0x33, 0x2b) {
+            let why = format!("thread {} runs in segment {:#x}, not as a 64-bit program", thread.tid, general.cs);
+            refusals.push(refusal("registers", why, "only 64-bit programs can be restored"));
+        }
     }
     let here = sys::xsave_features();
     let missing = image.host.xsave_features & !here;

@@ -136,6 +136,8 @@ fn prepare(target: &mut SkeletonTarget, tracees: &mut [Tracee], search: &mut Sea
     let lefts: Vec<u64> = target.channels.iter().map(|channel| channel.left_address()).collect();
     let mut ways = Vec::with_capacity(tracees.len());
     for (index, tracee) in tracees.iter_mut().enumerate() {
+        // What the kernel does not take of an image, it refuses now, while all of it can still be undone.
+        tracee.try_vector_state()?;
         let way = match tracee.establish(process, &entrance, &mappings) {
             Ok(()) if index == 0 => Some(tracee.undo_with(process, &entrance, &[unmap])?),
             Ok(()) => Some(tracee.undo_with(process, &entrance, &[(libc::SYS_time, [lefts[index], 0])])?),

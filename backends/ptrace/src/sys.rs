@@ -314,3 +314,9 @@ pub fn raise_descriptor_limit() {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
+
+/// Whether a thread has no seccomp filter, for sure (`PTRACE_SECCOMP_GET_FILTER`, which needs CAP_SYS_ADMIN).
+pub fn has_no_filter(tid: Pid) -> bool {
+    const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
+    matches!(ptrace(PTRACE_SECCOMP_GET_FILTER, tid, 0, 0), Err(error) if error.raw_os_error() == Some(libc::EINVAL))
+}

@@ -41,6 +41,8 @@ enum Position {
     Injected,
     /// Running the agent.
     Agent,
+    /// Out of the agent by itself: it runs the program, and there is nothing to put back.
+    Left,
 }
 
 /// What was written below the stack of a tracee, so that it finds its way back without us.
@@ -108,6 +110,11 @@ impl Tracee {
             position: Position::Injected,
             foothold: None,
         }
+    }
+
+    /// Sets the vector state of a thread of a skeleton, which its agent does without.
+    pub fn try_vector_state(&self) -> Result<(), TraceError> {
+        Ok(sys::set_xsave(self.tid, &self.xsave)?)
     }
 
     /// A thread of a skeleton gets what it goes on with.
@@ -343,6 +350,12 @@ impl Tracee {
         }
     }
 
+    /// It has gone the way back by itself.
+    pub fn has_left(&mut self) {
+        self.position = Position::Left;
+        self.foothold = None;
+    }
+
     /// Whether its way back is there.
     pub fn has_way(&self) -> bool {
         self.foothold.is_some()
@@ -412,6 +425,9 @@ impl Tracee {
     /// Puts everything back as the freeze found it, in a stop like that of the freeze. In each instant of it the thread
     /// would go on rightly if it were let go.
     pub fn put_back(&mut self, process: &Process) -> Result<(), TraceError> {
+        if self.position == Position::Left {
+            return Ok(());
+        }
         if self.position == Position::Frozen {
             self.clear_way(process);
             // The kernel restarts what it stopped, but for the calls that gave up.

@@ -7,7 +7,9 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("limits/all", &["limits"], all),
         Case::new("limits/below-what-is-used", &["limits", "descriptors"], below_what_is_used),
-        Case::new("limits/no-room", &["limits", "memory"], no_room).refused_at_dump("RLIMIT_AS"),
+        Case::new("limits/no-room", &["limits", "memory"], no_room)
+            .refused_at_dump("RLIMIT_AS")
+            .needs(&["naming the limit that is in the way"]),
     ]
 }
 

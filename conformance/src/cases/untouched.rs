@@ -32,7 +32,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("untouched/locked-now", memory, locked_now),
         Case::new("untouched/read-by-kernel", memory, read_by_kernel),
         Case::new("untouched/written-by-kernel", memory, written_by_kernel),
-        Case::new("untouched/read-by-another", memory, read_by_another),
+        Case::new("untouched/read-by-another", memory, read_by_another)
+            .privileged("process_vm_readv is what ordinary users are tried without"),
         Case::new("untouched/many-threads", memory, many_threads),
         Case::new("untouched/threads-that-change-it", memory, threads_that_change_it),
         Case::new("untouched/exit", memory, exit_with_it),

@@ -16,7 +16,7 @@ use nix::fcntl::OFlag;
 
 use crate::args;
 use crate::batch::{Batch, CallId, Slot, Sysno};
-use crate::error::{DumpError, RestoreError};
+use crate::error::{DumpError, Refusal, RestoreError};
 use crate::ourselves::{Capability, ourselves};
 use crate::procfs::{ProcDir, Status};
 use crate::resource::threads::{Answers, PR_SPEC_PRCTL};
@@ -209,19 +209,25 @@ pub fn finish(saved: &Process, context: &mut Rebuild<'_>) -> Result<(), RestoreE
     Ok(())
 }
 
+/// A thread with a seccomp filter, which may not even be asked by those who make calls in its name.
+pub fn refuse_seccomp(pid: Pid, tid: Pid, status: &Status) -> Option<Refusal> {
+    let filtered = status.field("Seccomp").is_some_and(|mode| mode != "0") && !has_our_seccomp(status);
+    filtered.then(|| Refusal {
+        resource: Attributes::NAME,
+        pid: Some(pid),
+        subject: format!("thread {tid}"),
+        why: "it has a seccomp filter that ckpt does not have".to_string(),
+        help: "start the program without one, or run ckpt in the same container".to_string(),
+    })
+}
+
 /// State of a process that cannot be brought back.
 fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
     let mut refusals = Vec::new();
     for answers in context.answers {
         let thread = format!("thread {}", answers.tid);
         let status = &answers.status;
-        if status.field("Seccomp").is_some_and(|mode| mode != "0") && !has_our_seccomp(status) {
-            refusals.push((
-                thread.clone(),
-                "it has a seccomp filter that ckpt does not have".to_string(),
-                "start the program without one, or run ckpt in the same container",
-            ));
-        }
+        context.refusals.extend(refuse_seccomp(context.target.pid(), answers.tid, status));
         if let Some(features) = status.field("x86_Thread_features").filter(|features| !features.is_empty()) {
             refusals.push((
                 thread,
