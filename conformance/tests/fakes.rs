@@ -404,6 +404,9 @@ impl Target for FakeTarget {
         }
         Ok(pages)
     }
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)> {
+        self.peek().covered()
+    }
     fn footprint(&self) -> Footprint {
         self.peek().footprint()
     }
@@ -483,6 +486,9 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn private_pages(&mut self, _: u64, _: u64) -> Result<PrivatePages, TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)> {
         unreachable!("a borrowed target")
     }
     fn footprint(&self) -> Footprint {

@@ -252,6 +252,10 @@ pub trait Target: Send + std::any::Any {
     /// What in `start..end` only the process's own page table knows. (`PAGEMAP_SCAN`)
     fn private_pages(&mut self, start: u64, end: u64) -> Result<PrivatePages, TargetError>;
 
+    /// What we have written over in the memory of a frozen target for as long as it is ours, below the stacks of its threads:
+    /// addresses, and what was there.
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)>;
+
     /// What of the target is ours.
     fn footprint(&self) -> Footprint;
 

@@ -775,6 +775,10 @@ impl Target for FrozenTarget {
         self.process.private_pages(start, end)
     }
 
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)> {
+        Vec::new()
+    }
+
     fn footprint(&self) -> Footprint {
         let (start, size) = self.region;
         let region = start..start + size as u64;

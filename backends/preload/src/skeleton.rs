@@ -758,6 +758,10 @@ impl Target for SkeletonTarget {
         self.process.as_mut().expect("the process was made").private_pages(start, end)
     }
 
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)> {
+        Vec::new()
+    }
+
     fn footprint(&self) -> Footprint {
         Footprint {
             mappings: vec![self.ours.clone()],

@@ -449,6 +449,10 @@ impl Target for FrozenTarget {
         self.process.private_pages(start, end)
     }
 
+    fn covered(&self) -> Vec<(RemotePtr, Vec<u8>)> {
+        self.tracees.iter().filter_map(Tracee::covered).collect()
+    }
+
     fn footprint(&self) -> Footprint {
         let (start, size) = self.region;
         let region = start..start + size;

@@ -356,6 +356,11 @@ impl Tracee {
         self.foothold = None;
     }
 
+    /// What its way back lies over.
+    pub fn covered(&self) -> Option<(RemotePtr, Vec<u8>)> {
+        self.foothold.as_ref().map(|foothold| (RemotePtr(foothold.low), foothold.saved.clone()))
+    }
+
     /// Whether its way back is there.
     pub fn has_way(&self) -> bool {
         self.foothold.is_some()

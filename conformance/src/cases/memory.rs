@@ -33,6 +33,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/copy-on-write", memory, copy_on_write),
         Case::new("memory/memfd", &["memory", "memfds"], memfd),
         Case::new("memory/stack-grows", memory, stack_grows),
+        Case::new("memory/below-a-small-stack", memory, below_a_small_stack),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
         Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages)
@@ -389,6 +390,46 @@ fn stack_grows(checkpoint: &Checkpoint) -> Result<(), String> {
         return Err("the stack held nothing".into());
     }
     same("what the stack held", before.0, use_stack(20))
+}
+
+/// A thread on a stack of its own making, with data of the program right below it, as coroutines have them: whoever makes
+/// calls in its name wrote there, and that was what the image had.
+fn below_a_small_stack(checkpoint: &Checkpoint) -> Result<(), String> {
+    const DATA: usize = 16;
+    let pages = Pages::anonymous(DATA + 2)?;
+    let bytes = pages.address() as *mut u8;
+    let expected = |at: usize| (at as u8).wrapping_mul(7);
+    for at in 0..DATA * 4096 {
+        // SAFETY: inside the mapping, which only this thread uses now.
+        unsafe { bytes.add(at).write(expected(at)) };
+    }
+    let stop = &AtomicU32::new(0);
+    let top = pages.address() + (DATA as u64) * 4096 + 2048;
+    let waited = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let pause = [0u64, 1_000_000];
+            // SAFETY: nanosleep in a loop, with a stack pointer 2 KiB above the data, and nothing that uses a stack; it
+            // is put back at the end.
+            unsafe {
+                std::arch::asm!(
+                    "mov r12, rsp", "mov rsp, r13",
+                    "2:", "mov eax, 35", "mov rdi, r14", "xor esi, esi", "syscall",
+                    "cmp dword ptr [r15], 0", "je 2b",
+                    "mov rsp, r12",
+                    in("r13") top, in("r14") pause.as_ptr(),
+                    in("r15") stop.as_ptr(), out("r12") _, out("rax") _, out("rcx") _, out("r11") _, out("rdi") _,
+                    out("rsi") _,
+                );
+            }
+        });
+        let waited = checkpoint.wait();
+        stop.store(1, SeqCst);
+        waited
+    });
+    waited?;
+    // SAFETY: inside the mapping, which only this thread uses again.
+    let wrong = (0..DATA * 4096).find(|&at| unsafe { bytes.add(at).read() } != expected(at));
+    wrong.map_or(Ok(()), |at| Err(format!("byte {at} of {} below the stack has changed", DATA * 4096)))
 }
 
 fn heap(checkpoint: &Checkpoint) -> Result<(), String> {

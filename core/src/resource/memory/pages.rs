@@ -142,7 +142,8 @@ fn write_all(
 struct Found {
     by_target: Vec<(usize, PageRun)>,
     /// What is copied by us: memory that its owner may not read; and the pages that the kernel writes to while the owner
-    /// runs our calls, which would not be the same in the checksum and on the disk (the processor's number of `rseq`).
+    /// runs our calls, which would not be the same in the checksum and on the disk (the processor's number of `rseq`); and
+    /// those that we have written to ourselves, where what was there has to be put in.
     by_us: Vec<(usize, PageRun)>,
     guards: Vec<(usize, PageRun)>,
 }
@@ -156,11 +157,12 @@ fn find_pages(target: &mut dyn Target, process: &Process) -> Result<Found, DumpE
     // A program that may not write a file as large as the image leaves all to us.
     let limited = process.limits.limits[libc::RLIMIT_FSIZE as usize].soft != u64::MAX;
     let rseqs = process.threads.iter().filter_map(|thread| thread.context.rseq);
-    let pages = |rseq: Rseq| {
-        let (start, end) = (rseq.address.0, rseq.address.0 + u64::from(rseq.size.max(1)));
-        (start / PAGE_SIZE..end.div_ceil(PAGE_SIZE)).map(|page| page * PAGE_SIZE)
+    let areas = rseqs.map(|Rseq { address, size, .. }| (address.0, u64::from(size.max(1))));
+    let covered = target.covered().into_iter().map(|(start, bytes)| (start.0, bytes.len() as u64));
+    let pages = |(start, size): (u64, u64)| {
+        (start / PAGE_SIZE..(start + size).div_ceil(PAGE_SIZE)).map(|page| page * PAGE_SIZE)
     };
-    let mut changing: Vec<u64> = rseqs.flat_map(pages).collect();
+    let mut changing: Vec<u64> = areas.chain(covered).flat_map(pages).collect();
     changing.sort_unstable();
     changing.dedup();
     let mut found = Found { guards: cut(&guards, mappings), ..Found::default() };
@@ -316,28 +318,41 @@ fn copy_pages(
 ) -> Result<(), DumpError> {
     use std::os::unix::fs::FileExt;
     let mut copier = Copier { buffer: Buffer::new(), first: 0, pages: 0 };
-    let mut open: Option<(usize, std::fs::File)> = None;
+    let mut open: Option<(usize, std::fs::File, Vec<(RemotePtr, Vec<u8>)>)> = None;
     for &(index, run) in runs {
         let pid = targets[index].pid();
         let failed = |what: &'static str| {
             move |source: io::Error| DumpError::Io { what: format!("{NAME} of process {pid}: {what}"), source }
         };
-        let memory = match &mut open {
-            Some((known, memory)) if *known == index => memory,
+        let (_, memory, covered) = match &mut open {
+            Some(known) if known.0 == index => known,
             other => {
                 let memory = targets[index].proc().open_with("mem", OFlag::O_RDONLY).map_err(failed("opening it"))?;
-                &mut other.insert((index, memory)).1
+                other.insert((index, memory, targets[index].covered()))
             }
         };
         let mut done = 0;
         while done < run.extent.pages {
             let bytes = copier.room(run.extent.first + done, run.extent.pages - done, store, meter)?;
             let pages = bytes.len() as u64 / PAGE_SIZE;
-            memory.read_exact_at(bytes, run.start + done * PAGE_SIZE).map_err(failed("reading it"))?;
+            let start = run.start + done * PAGE_SIZE;
+            memory.read_exact_at(bytes, start).map_err(failed("reading it"))?;
+            for (address, before) in &*covered {
+                uncover(bytes, start, address.0, before);
+            }
             done += pages;
         }
     }
     copier.flush(store, meter)
+}
+
+/// Puts back, in a copy of the memory from `start` on, what was at an address.
+fn uncover(copy: &mut [u8], start: u64, address: u64, before: &[u8]) {
+    let (from, to) = (address.max(start), (address + before.len() as u64).min(start + copy.len() as u64));
+    if from < to {
+        let bytes = &before[(from - address) as usize..(to - address) as usize];
+        copy[(from - start) as usize..(to - start) as usize].copy_from_slice(bytes);
+    }
 }
 
 /// Gathers pages that are beside each other in the page file, so that many are written at once.
@@ -392,6 +407,22 @@ mod tests {
         let loads = loads(runs.into_iter(), 8192);
         assert_eq!(loads.len(), 2, "a gap in the page file begins a new load");
         assert_eq!((loads[0].pages, loads[0].runs.len(), loads[1].first), (5, 2, 9));
+    }
+
+    #[test]
+    fn what_was_covered_comes_back() {
+        let rows: [(u64, &[u8], &[u8; 8]); 5] = [
+            (102, b"ab", b"..ab...."),
+            (98, b"abcd", b"cd......"),
+            (106, b"abcd", b"......ab"),
+            (96, b"0123456789abcdef", b"456789ab"),
+            (108, b"ab", b"........"),
+        ];
+        for (address, before, expected) in rows {
+            let mut copy = *b"........";
+            uncover(&mut copy, 100, address, before);
+            assert_eq!(&copy, expected, "{address}");
+        }
     }
 
     #[test]
