@@ -60,6 +60,8 @@ fn capability() -> Capability {
             "AMX tiles",
             // Its shim cannot map the region, and says no more than that it does not come.
             "naming the limit that is in the way",
+            // The way out of a skeleton lies there, and nobody is left to put back what it lies over.
+            "data right below a small stack",
         ],
         privileges: Vec::new(),
     }

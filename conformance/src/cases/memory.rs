@@ -33,7 +33,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/copy-on-write", memory, copy_on_write),
         Case::new("memory/memfd", &["memory", "memfds"], memfd),
         Case::new("memory/stack-grows", memory, stack_grows),
-        Case::new("memory/below-a-small-stack", memory, below_a_small_stack),
+        Case::new("memory/below-a-small-stack", memory, below_a_small_stack).needs(&["data right below a small stack"]),
         Case::new("memory/heap", memory, heap),
         Case::new("memory/protections", memory, protections),
         Case::new("memory/guard-pages", &["memory", "files", "memfds"], guard_pages)
