@@ -310,6 +310,9 @@ fn write_by_us(
     copy_pages(&mut targets, runs, store, meter)
 }
 
+/// See [`Target::covered`].
+type Covered = Vec<(RemotePtr, Vec<u8>)>;
+
 fn copy_pages(
     targets: &mut [&mut dyn Target],
     runs: &[(usize, Pages)],
@@ -318,7 +321,7 @@ fn copy_pages(
 ) -> Result<(), DumpError> {
     use std::os::unix::fs::FileExt;
     let mut copier = Copier { buffer: Buffer::new(), first: 0, pages: 0 };
-    let mut open: Option<(usize, std::fs::File, Vec<(RemotePtr, Vec<u8>)>)> = None;
+    let mut open: Option<(usize, std::fs::File, Covered)> = None;
     for &(index, run) in runs {
         let pid = targets[index].pid();
         let failed = |what: &'static str| {
