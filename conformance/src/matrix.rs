@@ -183,7 +183,7 @@ mod tests {
             restore: true,
             resources: resources.to_vec(),
             lacks: vec![],
-            privileges: vec![],
+            privileges: vec!["CAP_SYS_PTRACE"],
         }
     }
 
@@ -270,6 +270,22 @@ mod tests {
             Ok(()),
             &[("a/1", "good+running", Todo::Try), ("a/1", "good+good", Todo::Try), ("a/1", "good+lazy", lazy)],
         );
+    }
+
+    static EASY: Backend =
+        Backend { name: "easy", capability: || Capability { privileges: vec![], ..can(&["tasks"]) }, ..GOOD };
+
+    #[test]
+    fn as_an_ordinary_user_too_where_no_privilege_is_needed() {
+        let host = Host { namespaces: Ok(()), required: Required::parse("") };
+        let cases = [case("a/1", &["tasks"]), case("a/2", &["tasks"]).privileged("it is root's")];
+        let (cells, _) = generate(&cases, &[&EASY], &host);
+        let found: Vec<_> = cells.iter().map(|cell| (cell.case.name, cell.way.name())).collect();
+        let ways = ["easy+running", "easy@nobody", "easy+easy"].map(String::from);
+        let expected: Vec<_> =
+            ["a/1", "a/2"].into_iter().flat_map(|case| ways.clone().map(|way| (case, way))).collect();
+        assert_eq!(found, expected);
+        assert_eq!(cells[4].todo, Todo::Cannot("easy as an ordinary user: it is root's".into()));
     }
 
     #[test]
