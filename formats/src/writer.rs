@@ -263,8 +263,9 @@ impl Writer {
             let pages = self.pages.try_clone();
             let pages = pages.map_err(|source| io(&self.partial, PAGES, "cannot be shared with a thread", source))?;
             let (sender, extents) = mpsc::channel::<PageExtent>();
-            // It ends with its sender. What it has not come to is done by the sync at the end.
-            std::thread::spawn(move || {
+            // It ends with its sender. What it has not come to is done by the sync at the end, and so is all of it where no
+            // more threads may be started.
+            let _ = std::thread::Builder::new().spawn(move || {
                 for extent in extents {
                     sys::begin_writing(pages.as_fd(), extent.first * PAGE, extent.pages * PAGE);
                 }
