@@ -403,11 +403,12 @@ fn below_a_small_stack(checkpoint: &Checkpoint) -> Result<(), String> {
         // SAFETY: inside the mapping, which only this thread uses now.
         unsafe { bytes.add(at).write(expected(at)) };
     }
-    let stop = &AtomicU32::new(0);
+    let (stop, started) = (&AtomicU32::new(0), &AtomicU32::new(0));
     let top = pages.address() + (DATA as u64) * 4096 + 2048;
     let waited = std::thread::scope(|scope| {
         scope.spawn(move || {
             let pause = [0u64, 1_000_000];
+            started.store(1, SeqCst);
             // SAFETY: nanosleep in a loop, with a stack pointer 2 KiB above the data, and nothing that uses a stack; it
             // is put back at the end.
             unsafe {
@@ -422,6 +423,10 @@ fn below_a_small_stack(checkpoint: &Checkpoint) -> Result<(), String> {
                 );
             }
         });
+        // What a thread maps for itself when it starts is there before the tree is looked at.
+        while started.load(SeqCst) == 0 {
+            std::thread::yield_now();
+        }
         let waited = checkpoint.wait();
         stop.store(1, SeqCst);
         waited
