@@ -98,8 +98,8 @@ fn members(checkpoint: &Checkpoint) -> Result<(), String> {
         hierarchies.iter().map(|place| Cgroup::make(place, &trial(checkpoint), name)).collect()
     };
     let (first, second) = (make("first")?, make("second")?);
-    let stay = |checkpoint: &Checkpoint| -> Result<(), String> {
-        let before = own()?;
+    // Each looks before the tree is looked at, so that nobody has the file open then.
+    let stay = |before: String| -> Result<(), String> {
         checkpoint.wait_for_go()?;
         equal("the cgroups", before, own()?)
     };
@@ -107,19 +107,21 @@ fn members(checkpoint: &Checkpoint) -> Result<(), String> {
     let joined = checkpoint.dir().join("joined");
     let child = in_child(|| {
         second.iter().try_for_each(Cgroup::join)?;
+        let before = own()?;
         let grandchild = in_child(|| {
             hierarchies.iter().try_for_each(|place| join(place))?;
+            let before = own()?;
             fs::write(&joined, "").map_err(|error| error.to_string())?;
-            stay(checkpoint)
+            stay(before)
         })?;
-        stay(checkpoint)?;
+        stay(before)?;
         grandchild.passed()
     })?;
     crate::expect::eventually("the grandchild's cgroups", || joined.exists())?;
     let text = own()?;
     equal("the number of cgroups that were joined", hierarchies.len(), text.matches(&format!("/{PREFIX}")).count())?;
     checkpoint.ready()?;
-    let stayed = stay(checkpoint);
+    let stayed = stay(text);
     let passed = child.passed();
     // Out of them, so that they can be removed.
     hierarchies.iter().try_for_each(|place| join(place))?;
