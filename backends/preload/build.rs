@@ -7,6 +7,7 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     println!("cargo::rerun-if-changed=shim");
     println!("cargo::rerun-if-changed=src/protocol.rs");
+    println!("cargo::rerun-if-changed=src/translation.rs");
     println!("cargo::rerun-if-changed=../agent/src/protocol.rs");
     let library = out.join("shim.so");
     let status = Command::new(std::env::var_os("RUSTC").expect("cargo sets RUSTC"))

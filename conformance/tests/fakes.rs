@@ -16,6 +16,7 @@ use ckpt_core::backend::{
 };
 use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::image::{Image, Zombie};
+use ckpt_core::names::Names;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::memory::Filler;
 use ckpt_core::{
@@ -261,6 +262,9 @@ impl Frozen for FakeFrozen {
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
     }
+    fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError> {
+        self.inner.virtual_ids()
+    }
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {
         let wrong = self.wrong;
         if wrong == Wrong::LeavesDescriptor {
@@ -303,6 +307,9 @@ impl Restorer for FakeRestorer {
         let targets = borrow_targets(self.0, inner.targets());
         Ok(Box::new(FakeSkeleton { wrong: self.0, inner, targets }))
     }
+    fn renames(&self) -> bool {
+        FakeRestorer::real().renames()
+    }
     fn filler(&self) -> Box<dyn Filler> {
         FakeRestorer::real().filler()
     }
@@ -317,6 +324,9 @@ struct FakeSkeleton {
 impl Skeleton for FakeSkeleton {
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
+    }
+    fn real_ids(&self) -> Option<Names> {
+        self.inner.real_ids()
     }
     fn release(mut self: Box<Self>) -> Result<(), RestoreError> {
         let root = &mut *self.targets[0];

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::error::{DumpError, Refusal, RestoreError};
 use crate::image::{Image, Zombie};
+use crate::names::Names;
 use crate::resource::memory::Filler;
 use crate::target::{Pid, Target};
 
@@ -81,6 +82,8 @@ pub trait Frozen {
     fn zombies(&self) -> &[Zombie];
     /// All targets, in the order of [`processes`](Frozen::processes).
     fn targets(&mut self) -> &mut [Box<dyn Target>];
+    /// The ids by which the programs know their tree, if they are not the kernel's: see [`crate::names`].
+    fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError>;
     /// Lets the tree go on.
     fn thaw(self: Box<Self>) -> Result<(), DumpError>;
     /// Leaves every process stopped as by SIGSTOP.
@@ -110,7 +113,8 @@ pub struct RestoreOptions {
 /// Makes the empty process tree that the resources are rebuilt in.
 ///
 /// Duties:
-/// 1. `skeleton` makes every process and thread of the image with its id, parent, session and group, and the zombies.
+/// 1. `skeleton` makes every process and thread of the image with its id, parent, session and group, and the zombies. One
+///    that [`renames`](Restorer::renames) may give them other ids, which the program never sees.
 /// 2. Until `release` has let go, no process of the tree runs a single instruction of the program, and should the
 ///    restorer end in any way, the whole tree is gone.
 /// 3. `release` lets the whole tree go at once.
@@ -118,6 +122,8 @@ pub trait Restorer {
     /// What this backend on this host cannot bring back of the image. Touches nothing.
     fn check(&self, image: &Image) -> Vec<Refusal>;
     fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError>;
+    /// Whether a tree can come back though its ids are taken.
+    fn renames(&self) -> bool;
     /// Who fills the memory: [`crate::resource::memory::Eager`], or a pager.
     fn filler(&self) -> Box<dyn Filler>;
 }
@@ -126,6 +132,8 @@ pub trait Restorer {
 pub trait Skeleton {
     /// All targets, in the order of [`Image::processes`].
     fn targets(&mut self) -> &mut [Box<dyn Target>];
+    /// The ids that the tasks of the image have got, if they are not their own.
+    fn real_ids(&self) -> Option<Names>;
     /// Lets the whole tree go. Afterwards it does not depend on us any more.
     fn release(self: Box<Self>) -> Result<(), RestoreError>;
 }

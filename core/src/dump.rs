@@ -101,6 +101,7 @@ fn collect(
     let host = host::facts().map_err(|source| DumpError::Io { what: "facts of this host".into(), source })?;
     let tasks = frozen.processes().to_vec();
     let zombies = frozen.zombies().to_vec();
+    let names = frozen.virtual_ids()?;
     let mut refusals = Vec::new();
     let targets = frozen.targets();
     // All processes find their answers at the same time, and while we look at what needs none of them.
@@ -157,8 +158,12 @@ fn collect(
         deleted_files: Vec::new(),
         locks,
         shell_job: options.shell_job,
+        virtual_ids: names.is_some(),
         losses,
     };
+    if let Some(names) = names {
+        image.rename(&names);
+    }
     host::note_xsave(&mut image);
     Ok((image, objects))
 }

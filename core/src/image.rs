@@ -23,6 +23,9 @@ pub struct Image {
     pub locks: Vec<locks::Lock>,
     /// The tree belongs to a session whose leader is not in it, and goes on in the session of the restorer.
     pub shell_job: bool,
+    /// The tree has seen ids that were not its own (see [`crate::names`]), and its memory knows how to translate them: only
+    /// the backend that put that there can tell it new ones.
+    pub virtual_ids: bool,
     /// State that the user allowed to be lost, in words.
     pub losses: Vec<String>,
 }

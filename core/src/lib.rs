@@ -17,6 +17,7 @@ pub mod dump;
 pub mod error;
 pub mod host;
 pub mod image;
+pub mod names;
 pub mod ourselves;
 pub mod plan;
 pub mod procfs;

@@ -28,7 +28,7 @@ impl<'a> Plan<'a> {
         let mut refusals = Vec::new();
         host::check(&image.host, &mut refusals);
         let mut context = Check { image, options, refusals: &mut refusals, resource: tasks::NAME, pid: None };
-        tasks::check(&mut context);
+        tasks::check(restorer.renames(), &mut context);
         context.resource = cgroups::NAME;
         cgroups::check(image, &mut context);
         context.resource = tasks::NAME;

@@ -1,22 +1,23 @@
 //! The restore pipeline: image, plan, skeleton, resources, memory, release.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 
 use crate::backend::{RestoreOptions, Restorer, Skeleton};
 use crate::crew;
 use crate::dump::INTERRUPTED;
-use crate::error::{DumpError, RestoreError};
-use crate::image::Process;
+use crate::error::{DumpError, RestoreError, StoreError};
+use crate::image::{Image, Process};
 use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
     Deferred, Rebuild, attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory,
     scheduling, signals, threads, timers,
 };
-use crate::store::ImageReader;
+use crate::store::{BlobId, ImageReader, PageExtent};
 use crate::target::Pid;
 
-/// Brings back the tree of an image. Returns the pid of its root, which runs.
+/// Brings back the tree of an image. Returns the pid of its root as the kernel has it, which runs.
 ///
 /// # Errors
 /// In every case nothing of the tree runs or is left behind.
@@ -67,8 +68,46 @@ pub fn prepare(
     progress.phase(Phase::Skeleton);
     let mut skeleton = plan.skeleton()?;
     progress.phase(Phase::Rebuild);
-    rebuild(&mut *skeleton, restorer, reader, options, progress)?;
-    Ok(Prepared { skeleton, root: image.processes[0].task.pid })
+    let Some(names) = skeleton.real_ids() else {
+        rebuild(&mut *skeleton, restorer, reader, options, progress)?;
+        return Ok(Prepared { skeleton, root: image.processes[0].task.pid });
+    };
+    let mut renamed = Renamed { reader, image: image.clone() };
+    renamed.image.rename(&names);
+    rebuild(&mut *skeleton, restorer, &renamed, options, progress)?;
+    Ok(Prepared { skeleton, root: renamed.image.processes[0].task.pid })
+}
+
+/// An image in other ids.
+struct Renamed<'a> {
+    reader: &'a dyn ImageReader,
+    image: Image,
+}
+
+impl ImageReader for Renamed<'_> {
+    fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn pages(&self) -> BorrowedFd<'_> {
+        self.reader.pages()
+    }
+
+    fn page_checksums(&self, extent: PageExtent) -> Result<Vec<u32>, StoreError> {
+        self.reader.page_checksums(extent)
+    }
+
+    fn damaged_page(&self, page: u64) -> StoreError {
+        self.reader.damaged_page(page)
+    }
+
+    fn copy_blob(&self, blob: BlobId, into: BorrowedFd<'_>) -> Result<(), StoreError> {
+        self.reader.copy_blob(blob, into)
+    }
+
+    fn find_page(&self, process: usize, address: u64) -> Option<u64> {
+        self.reader.find_page(process, address)
+    }
 }
 
 pub(crate) fn interruption() -> Result<(), RestoreError> {

@@ -18,6 +18,9 @@ impl Restorer for Agreeing {
     fn skeleton(&self, _image: &Image) -> Result<Box<dyn Skeleton>, RestoreError> {
         unreachable!("a plan makes nothing")
     }
+    fn renames(&self) -> bool {
+        false
+    }
     fn filler(&self) -> Box<dyn Filler> {
         unreachable!("a plan fills nothing")
     }

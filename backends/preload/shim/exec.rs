@@ -20,6 +20,7 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::calls::{self, sys};
 use crate::freeze;
+use crate::ids;
 use crate::protocol::DESCRIPTOR_VARIABLE;
 use crate::start::{self, FILE, FILE_SIZE, PRELOAD_PREFIX};
 
@@ -187,7 +188,7 @@ unsafe fn shim_file(bytes: *const u8, size: usize) -> i32 {
             return -1;
         }
         let memfd = memfd as i32;
-        if !calls::write_all(memfd, bytes, size) {
+        if !calls::write_all(memfd, bytes, size) || !ids::write_trailer(memfd) {
             sys!(calls::CLOSE, memfd);
             return -1;
         }
@@ -416,15 +417,25 @@ pub unsafe extern "C" fn syscall() -> i64 {
         "je 5f",
         "mov rax, rdi", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov r10, r8", "mov r8, r9",
         "mov r9, [rsp + 8]",
+        "cmp qword ptr [rip + {header} + {generation}], 0",
+        "jne 8f",
         "syscall",
-        "cmp rax, -4095",
+        "7:", "cmp rax, -4095",
         "jae 9f",
         "ret",
+        // Virtual ids: as from a patch in the C library.
+        "8:", "lea rcx, [rip + 7b]",
+        "lea rsp, [rsp - 136]",
+        "mov [rsp], rcx",
+        "jmp {ids}",
         "9:", "mov rdi, rax", "jmp {failed}",
         "2:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov rcx, r8", "jmp {mask}",
         "3:", "mov rdi, rsi", "mov rsi, rdx", "jmp {suspend}",
         "4:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "jmp {execve}",
         "5:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov rcx, r8", "mov r8, r9", "jmp {execveat}",
+        header = sym ids::HEADER,
+        generation = const core::mem::offset_of!(crate::translation::Header, generation),
+        ids = sym ids::ids_entry,
         failed = sym failed,
         mask = sym change_mask,
         suspend = sym suspend,

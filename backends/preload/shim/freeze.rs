@@ -13,6 +13,7 @@ use crate::protocol::{
     Arrival, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT,
     nonce_of_process, socket_name,
 };
+use crate::ids;
 use crate::start::{self, HAS_RSEQ, RSEQ_OFFSET};
 
 /// The freeze that is going on: its nonce and one of the states below, or 0. In a restored process it tells of the
@@ -94,6 +95,9 @@ unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
         }
         let others = OTHERS.load(Ordering::Relaxed);
         if others != 0 {
+            if others != ids::trampoline as *const () as u64 {
+                ids::translate_signal(info);
+            }
             let handler: Handler = core::mem::transmute(others);
             handler(signal, info, context);
         }
@@ -131,6 +135,8 @@ struct Leave {
 /// Takes part in a freeze, or finds that there is none.
 unsafe fn freeze(index: u64, nonce: u32, context: *mut u64) {
     let session = (nonce as u64) << 32;
+    // SAFETY: the context that the kernel made.
+    unsafe { ids::rewind(context) };
     loop {
         let seen = CHANGES.load(Ordering::SeqCst);
         let now = SESSION.load(Ordering::SeqCst);
@@ -200,6 +206,8 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64) {
                 index: index as u32,
                 has_rseq: HAS_RSEQ.load(Ordering::Relaxed),
                 rseq_offset: RSEQ_OFFSET.load(Ordering::Relaxed),
+                ids: (&raw const ids::HEADER) as u64,
+                generation: ids::generation(),
             };
             let mut welcome = Welcome { size: 0 };
             if send(socket, &raw const hello) && receive(socket, &raw mut welcome, &mut memfd) && memfd >= 0 {
@@ -336,6 +344,9 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
         if *context.add(RAX) as i64 != -calls::EINTR || *context.add(RCX) != rip {
             return NO_CALL;
         }
+        if let Some(number) = ids::number_of(context) {
+            return if GIVE_EINTR.contains(&(number as u16)) { number as i64 } else { UNKNOWN_CALL };
+        }
         let code = rip - 2;
         if *(code as *const u8) != 0x0f || *((code + 1) as *const u8) != 0x05 {
             return NO_CALL;
@@ -459,6 +470,7 @@ unsafe fn wind_back(context: *mut u64, number: u64) {
         if number == CLOCK_NANOSLEEP && *context.add(R10) != 0 && *context.add(RSI) & 1 == 0 {
             *context.add(RDX) = *context.add(R10);
         }
+        ids::rewind(context);
     }
 }
 

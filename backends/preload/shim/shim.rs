@@ -21,10 +21,14 @@ mod agent;
 mod calls;
 mod exec;
 mod freeze;
+mod ids;
 #[path = "../src/protocol.rs"]
 #[allow(dead_code)]
 mod protocol;
 mod start;
+#[path = "../src/translation.rs"]
+#[allow(dead_code)]
+mod translation;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

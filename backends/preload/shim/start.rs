@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicI64, AtomicPtr, AtomicU32, AtomicUsize, Ordering}
 
 use crate::calls::{self, sys};
 use crate::protocol::{DESCRIPTOR_VARIABLE, SKELETON_VARIABLE};
-use crate::{agent, exec, freeze};
+use crate::{agent, exec, freeze, ids};
 
 /// The bytes of the shim's own file, for the programs that this one starts.
 pub static FILE: AtomicPtr<u8> = AtomicPtr::new(core::ptr::null_mut());
@@ -61,6 +61,11 @@ unsafe extern "C" fn construct(_count: i32, _arguments: *const *const u8, enviro
             sys!(calls::CLOSE, fd);
         }
         become_anonymous();
+        ids::prepare();
+        if fd >= 0 {
+            let file = FILE.load(Ordering::Relaxed);
+            FILE_SIZE.store(ids::begin(file, FILE_SIZE.load(Ordering::Relaxed)), Ordering::Relaxed);
+        }
         let offset = next(b"__rseq_offset\0").cast::<i64>();
         let size = next(b"__rseq_size\0").cast::<u32>();
         if !offset.is_null() && !size.is_null() && *size != 0 {
@@ -159,14 +164,14 @@ unsafe fn keep_file(fd: i32) {
 
 /// `Elf64_Phdr`.
 #[repr(C)]
-struct Segment {
-    kind: u32,
-    flags: u32,
+pub struct Segment {
+    pub kind: u32,
+    pub flags: u32,
     offset: u64,
-    address: u64,
+    pub address: u64,
     physical: u64,
     file_size: u64,
-    memory_size: u64,
+    pub memory_size: u64,
     alignment: u64,
 }
 

@@ -39,6 +39,8 @@ pub struct StoppedProcess {
     pub size: usize,
     /// `__rseq_offset` of its C library.
     pub rseq_offset: Option<i64>,
+    /// Where the header of its virtual ids is, and their generation.
+    pub ids: (u64, u64),
 }
 
 pub struct StoppedThread {
@@ -166,6 +168,7 @@ struct Entered {
     channel: Channel,
     base: u64,
     rseq_offset: Option<i64>,
+    ids: (u64, u64),
 }
 
 /// A thread that was asked to come.
@@ -234,7 +237,7 @@ impl Meeting {
         if let Some(general) = general {
             self.nonce_and_listener(general);
         }
-        let Some(Entered { channel, base, rseq_offset }) = entered? else {
+        let Some(Entered { channel, base, rseq_offset, ids }) = entered? else {
             return self.ended_or_silent(&process, pid);
         };
         for &tid in &first[1..] {
@@ -280,6 +283,7 @@ impl Meeting {
             base,
             size: region.size(),
             rseq_offset,
+            ids,
             process,
         })))
     }
@@ -385,6 +389,7 @@ impl Meeting {
                         channel,
                         base: ready.base,
                         rseq_offset: (hello.has_rseq != 0).then_some(hello.rseq_offset),
+                        ids: (hello.ids, hello.generation),
                     }));
                 }
                 // A stranger, or one that went away.

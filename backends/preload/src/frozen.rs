@@ -24,6 +24,7 @@ use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
 use ckpt_core::batch::{Arg, Batch, CallId, Replies, Slot, Sysno};
 use ckpt_core::error::{DumpError, Refusal};
 use ckpt_core::image::Zombie;
+use ckpt_core::names::Names;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::descriptors::FdInfo;
 use ckpt_core::{
@@ -35,7 +36,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::freeze::{self, StoppedProcess, StoppedThread};
 use crate::protocol::{Arrival, SIGNAL};
-use crate::sys;
+use crate::{sys, virtual_ids};
 
 /// A frozen process.
 pub struct FrozenTarget {
@@ -47,6 +48,8 @@ pub struct FrozenTarget {
     socket: RemoteFd,
     threads: Vec<Found>,
     rseq_offset: Option<i64>,
+    /// Where the header of its virtual ids is, and their generation.
+    ids: (u64, u64),
 }
 
 /// Where a thread was.
@@ -326,7 +329,7 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
     let mut agents = Vec::new();
     let mut targets = Vec::new();
     for (index, stopped) in stopped.into_iter().enumerate() {
-        let StoppedProcess { frozen, process, threads, channel, base, size, rseq_offset } = stopped;
+        let StoppedProcess { frozen, process, threads, channel, base, size, rseq_offset, ids } = stopped;
         let tids: Vec<Pid> = threads.iter().map(|thread| thread.tid).collect();
         let socket = channel.their_socket().expect("the main lane has a socket");
         let (lanes, threads) = threads
@@ -335,11 +338,11 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
             .unzip();
         agents.push((tids[0], Mutex::new(Agent { pid: tids[0], channel, lanes, borrowed: Vec::new() })));
         tree.processes.push(frozen);
-        targets.push((process, tids, index, (base, size), socket, threads, rseq_offset));
+        targets.push((process, tids, index, (base, size), socket, threads, rseq_offset, ids));
     }
     let (pids, agents) = agents.into_iter().unzip();
     let agents = Arc::new(Agents { pids, agents, files: Mutex::default() });
-    for (process, tids, index, region, socket, threads, rseq_offset) in targets {
+    for (process, tids, index, region, socket, threads, rseq_offset, ids) in targets {
         let agents = agents.clone();
         tree.targets.push(Box::new(FrozenTarget {
             process,
@@ -350,6 +353,7 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
             socket,
             threads,
             rseq_offset,
+            ids,
         }));
     }
     let mut refusals = Vec::new();
@@ -934,6 +938,14 @@ impl Frozen for FrozenTree {
 
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
+    }
+
+    /// All of its processes have the same, and those that it has started since.
+    fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError> {
+        let Some(target) = self.each().find(|target| target.ids.1 != 0) else { return Ok(None) };
+        let (pid, (header, generation)) = (target.tids[0], target.ids);
+        let names = virtual_ids::names_of(target, header, generation);
+        names.map(Some).map_err(|source| DumpError::Target { resource: "tasks", pid, source })
     }
 
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {

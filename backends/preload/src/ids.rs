@@ -5,6 +5,8 @@
 //! Without it the kernel gives ids out one after the other, up to `/proc/sys/kernel/pid_max` and around: tasks are made
 //! and ended until the wanted one is next. That takes about a second for each round of 32,768 ids, so it is tried only
 //! where the range is that small. Ids below 300 are given out once, when the namespace is young, and cannot be met again.
+//!
+//! Where an id is taken or out of reach, the whole tree gets others, and sees its own: see `virtual_ids.rs`.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How ids are got.
 #[derive(Debug, Default)]
 pub struct Ids {
+    /// The tree gets the ids that the kernel gives, and its shim translates.
+    others: bool,
     /// Whether `set_tid` is known not to be permitted.
     walking: bool,
     /// The last id that the kernel gave out to us.
@@ -40,8 +44,23 @@ pub fn range() -> io::Result<u64> {
 }
 
 impl Ids {
-    pub fn new() -> io::Result<Ids> {
-        Ok(Ids { walking: !sys::may_choose_ids(), last: None, range: range()?, probe: None })
+    /// For the ids of an image: its own, where the kernel allows that.
+    pub fn new(wanted: &[Pid]) -> io::Result<Ids> {
+        let range = range()?;
+        let mut ids = Ids { others: false, walking: !sys::may_choose_ids(), last: None, range, probe: None };
+        for id in wanted {
+            let out_of_reach = ids.walking && (range > LARGEST_RANGE || id.0 < LOWEST);
+            if out_of_reach || id.0 as u64 >= range || ids.in_use(id.0)? {
+                ids.others = true;
+                break;
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Whether the tree gets other ids than its own.
+    pub fn others(&self) -> bool {
+        self.others
     }
 
     /// Lends it out: for the time that a tree is borrowed otherwise.
@@ -54,7 +73,14 @@ impl Ids {
     ///
     /// # Errors
     /// As `work`; EEXIST if the id is in use or cannot be met.
-    pub fn make(&mut self, id: Pid, mut work: impl FnMut(Step) -> io::Result<Pid>) -> io::Result<()> {
+    pub fn make(&mut self, id: Pid, mut work: impl FnMut(Step) -> io::Result<Pid>) -> io::Result<Pid> {
+        if self.others {
+            return work(Step::Make(None));
+        }
+        self.make_with(id, work).map(|()| id)
+    }
+
+    fn make_with(&mut self, id: Pid, mut work: impl FnMut(Step) -> io::Result<Pid>) -> io::Result<()> {
         if !self.walking {
             match self.choose(id, &mut work) {
                 Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.walking = true,

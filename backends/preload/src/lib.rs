@@ -23,6 +23,10 @@ mod release;
 mod skeleton;
 #[allow(unsafe_code)]
 mod sys;
+// What only the shim uses of it.
+#[allow(dead_code, unsafe_code)]
+mod translation;
+mod virtual_ids;
 
 use ckpt_core::backend::{Backend, Capability, DumpOptions, Dumper, Frozen, Restorer, Skeleton};
 use ckpt_core::resource::memory::{Eager, Filler};
@@ -86,6 +90,11 @@ impl Restorer for PreloadRestorer {
 
     fn skeleton(&self, image: &Image) -> Result<Box<dyn Skeleton>, RestoreError> {
         Ok(Box::new(skeleton::build(image)?))
+    }
+
+    /// The shim translates.
+    fn renames(&self) -> bool {
+        true
     }
 
     fn filler(&self) -> Box<dyn Filler> {

@@ -14,7 +14,6 @@ pub fn probe() -> Probe {
         restore: match (is_known, ids::range()) {
             (false, _) => unavailable("it is there for x86-64 only"),
             (_, Err(error)) => unavailable(&format!("/proc/sys/kernel/pid_max: {error}")),
-            (_, Ok(range)) if range > ids::LARGEST_RANGE && !sys::may_choose_ids() => unavailable(ids::NOT_PERMITTED),
             _ => Availability::Available,
         },
         features: vec![
@@ -38,15 +37,6 @@ pub fn check(image: &Image) -> Vec<Refusal> {
     if missing != 0 {
         let why = format!("saved registers have state (xsave features {missing:#x}) that this CPU does not have");
         refusals.push(refusal("registers", None, why, "restore it on a CPU that has it"));
-    }
-    if !sys::may_choose_ids() {
-        let walk = ids::range().unwrap_or(u64::MAX) <= ids::LARGEST_RANGE;
-        let tids = image.processes.iter().flat_map(|process| process.threads.iter().map(|thread| thread.tid));
-        let all = tids.chain(image.zombies.iter().map(|zombie| zombie.task.pid));
-        if let Some(low) = all.min().filter(|low| !walk || low.0 < ids::LOWEST) {
-            let why = format!("id {low} cannot be had again by waiting for it");
-            refusals.push(refusal("tasks", None, why, ids::NOT_PERMITTED));
-        }
     }
     let outer = image.processes[0].task.pgid;
     for process in &image.processes {

@@ -31,7 +31,7 @@ pub const fn nonce_of_process(pid: i32) -> u32 {
 }
 
 /// Begins every [`Hello`]; the last byte is the version of all that is in this file and in the agent's protocol.
-pub const MAGIC: u64 = 0x636b_7074_7368_6d01;
+pub const MAGIC: u64 = 0x636b_7074_7368_6d02;
 
 /// The name of the socket, after its zero byte: this, and eight hexadecimal digits.
 pub const SOCKET_PREFIX: &[u8; 13] = b"ckpt-preload-";
@@ -63,6 +63,9 @@ pub struct Hello {
     /// glibc's `__rseq_offset`, from the thread pointer, and whether there is one.
     pub has_rseq: u32,
     pub rseq_offset: i64,
+    /// Where the header of the virtual ids is, and their generation; see `translation.rs`.
+    pub ids: u64,
+    pub generation: u64,
 }
 
 #[repr(C)]

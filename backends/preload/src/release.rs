@@ -14,10 +14,18 @@ use memchr::memmem;
 
 use crate::frozen::{Leaving, wait_until_left};
 use crate::skeleton::{SkeletonTarget, SkeletonTree, frame_size};
+use crate::virtual_ids;
 
 pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
+    let table = tree.table();
     for target in tree.each() {
         let pid = target.task.pid;
+        if let Some(table) = &table {
+            let mut contexts = std::mem::take(&mut target.contexts);
+            let installed = virtual_ids::install(target, &mut contexts, table);
+            target.contexts = contexts;
+            installed.map_err(|source| RestoreError::Target { resource: "tasks", pid, source })?;
+        }
         prepare(target).map_err(|source| RestoreError::Target { resource: "registers", pid, source })?;
     }
     let leaving = tree.each().map(|target| {

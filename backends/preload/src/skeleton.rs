@@ -8,6 +8,7 @@
 //! A process whose socket closes before the release ends, so that nothing is left when ckpt is killed.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io;
 use std::ops::Range;
@@ -23,6 +24,7 @@ use ckpt_core::backend::Skeleton;
 use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{Image, Task, Zombie};
+use ckpt_core::names::Names;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
@@ -38,6 +40,7 @@ use crate::ids::{Ids, Step};
 use crate::launch;
 use crate::protocol::SKELETON_VARIABLE;
 use crate::sys::{self, CloneArguments};
+use crate::virtual_ids;
 
 /// A skeleton process, or one that is about to be made.
 pub struct SkeletonTarget {
@@ -63,6 +66,10 @@ pub struct SkeletonTree {
     pub(crate) released: bool,
     /// The processes that are in a session of their own already.
     in_session: Vec<bool>,
+    /// The ids that were given so far, by those of the image.
+    made: BTreeMap<Pid, Pid>,
+    /// Whether the processes have a table of virtual ids, from an earlier restore.
+    has_table: bool,
     shim: OwnedFd,
     ids: Ids,
 }
@@ -111,8 +118,10 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
         region: region.clone(),
         released: false,
         in_session: vec![false; image.processes.len()],
+        made: BTreeMap::new(),
+        has_table: image.virtual_ids,
         shim: launch::shim_file().map_err(|error| failed("the shim", error))?,
-        ids: Ids::new().map_err(|error| failed("process ids", error))?,
+        ids: Ids::new(&all_ids(image)).map_err(|error| failed("process ids", error))?,
     };
     for (process, &lane) in image.processes.iter().zip(&layout.lanes) {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
@@ -140,8 +149,21 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
         }));
     }
     make_all(&mut tree, image, &layout)?;
-    join_groups(&mut tree, image)?;
+    match tree.real_ids() {
+        None => join_groups(&mut tree, image)?,
+        Some(names) => {
+            let mut image = image.clone();
+            image.rename(&names);
+            join_groups(&mut tree, &image)?;
+        }
+    }
     Ok(tree)
+}
+
+/// The ids of all tasks.
+fn all_ids(image: &Image) -> Vec<Pid> {
+    let tids = image.processes.iter().flat_map(|process| process.threads.iter().map(|thread| thread.tid));
+    tids.chain(image.zombies.iter().map(|zombie| zombie.task.pid)).collect()
 }
 
 /// Makes every process, thread and zombie, as far as it can be in the order of their ids: without the right to choose an
@@ -223,7 +245,7 @@ fn begin_sessions(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreE
         let early_zombies = image.zombies.iter().any(|zombie| zombie.task.ppid == pid && is_early(image, &zombie.task));
         let zombies_missing = early_zombies
             && image.zombies.iter().any(|zombie| {
-                zombie.task.ppid == pid && is_early(image, &zombie.task) && ProcDir::open(zombie.task.pid).is_err()
+                zombie.task.ppid == pid && is_early(image, &zombie.task) && !tree.made.contains_key(&zombie.task.pid)
             });
         if early_missing || zombies_missing {
             continue;
@@ -333,10 +355,11 @@ fn make_root(tree: &mut SkeletonTree, image: &Image, layout: &Layout) -> Result<
             Ok(stray)
         }
     });
-    made.map_err(|error| not_made(pid, error))?;
+    let made = made.map_err(|error| not_made(pid, error))?;
     drop(handed);
+    tree.made.insert(pid, made);
     let root = tree.target(0);
-    root.open()?;
+    root.open(made)?;
     tree.ids = ids;
     empty(tree, 0, layout)?;
     check_exe(tree, image, 0)
@@ -414,13 +437,13 @@ fn make_child(tree: &mut SkeletonTree, image: &Image, layout: &Layout, child: us
     tree.target(child).channels[0].socket_moved(passed);
     let (pid, exit_signal) = (task.pid, task.exit_signal);
     let lane = tree.target(child).channels[0].again();
-    make_task(tree, parent, pid, &lane, 0, exit_signal)?;
+    let made = make_task(tree, parent, pid, &lane, 0, exit_signal)?;
     tree.target(parent).fds_done(&[passed]).map_err(&parent_failed)?;
     drop(socket);
     let special = tree.target(parent).special.clone();
     let target = tree.target(child);
     target.special = special;
-    target.open()?;
+    target.open(made)?;
     let agent_fd = target.agent_fd;
     // By itself: until it has run, the new number may be that of its parent's socket.
     let mut first = Batch::new();
@@ -494,7 +517,7 @@ fn make_task(
     lane: &Channel,
     flags: i32,
     exit_signal: i32,
-) -> Result<(), RestoreError> {
+) -> Result<Pid, RestoreError> {
     let mut ids = tree.ids.take();
     let maker_pid = tree.target(maker).task.pid;
     let is_thread = flags & libc::CLONE_THREAD != 0;
@@ -525,7 +548,10 @@ fn make_task(
     });
     tree.ids = ids;
     match result {
-        Ok(()) => Ok(()),
+        Ok(made) => {
+            tree.made.insert(id, made);
+            Ok(made)
+        }
         Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Err(not_made(id, error)),
         Err(error) => Err(failed(&format!("process {maker_pid} making {id}"), error)),
     }
@@ -579,7 +605,9 @@ fn make_thread(tree: &mut SkeletonTree, process: usize, thread: usize) -> Result
     let target = tree.target(process);
     let tid = target.tids[thread];
     let lane = target.channels[thread].again();
-    make_task(tree, process, tid, &lane, flags, 0)
+    let made = make_task(tree, process, tid, &lane, flags, 0)?;
+    tree.target(process).tids[thread] = made;
+    Ok(())
 }
 
 /// Has a process make a child that ends at once.
@@ -589,7 +617,7 @@ fn make_zombie(tree: &mut SkeletonTree, image: &Image, layout: &Layout, zombie: 
     let task = &zombie.task;
     let parent = image.process(task.ppid).expect("its parent is there");
     let lane = zombie_lane(tree, zombie, offset, layout.base).map_err(target_failed(task.pid))?;
-    make_task(tree, parent, task.pid, &lane, 0, task.exit_signal)
+    make_task(tree, parent, task.pid, &lane, 0, task.exit_signal).map(drop)
 }
 
 /// A lane whose thread finds its work as soon as it is there, and ends: a zombie to be.
@@ -657,8 +685,10 @@ fn join_groups(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreErro
 }
 
 impl SkeletonTarget {
-    /// The process is there now.
-    fn open(&mut self) -> Result<(), RestoreError> {
+    /// The process is there now, with an id of its own or another.
+    fn open(&mut self, pid: Pid) -> Result<(), RestoreError> {
+        self.task.pid = pid;
+        self.tids[0] = pid;
         let process = Process::open(self.task.pid).map_err(|error| failed("a process of the skeleton", error))?;
         self.process = Some(process);
         Ok(())
@@ -797,6 +827,12 @@ impl Target for SkeletonTarget {
 }
 
 impl SkeletonTree {
+    /// The table of virtual ids that the processes are to get, if they need one.
+    pub(crate) fn table(&self) -> Option<Vec<u64>> {
+        let pairs: Vec<(Pid, Pid)> = self.made.iter().map(|(id, real)| (*id, *real)).filter(|(a, b)| a != b).collect();
+        (self.ids.others() || self.has_table).then(|| virtual_ids::table(&pairs))
+    }
+
     pub(crate) fn each(&mut self) -> impl Iterator<Item = &mut SkeletonTarget> {
         self.targets.iter_mut().map(|target| {
             let target: &mut dyn Any = &mut **target;
@@ -834,6 +870,11 @@ impl Drop for SkeletonTree {
 impl Skeleton for SkeletonTree {
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
+    }
+
+    fn real_ids(&self) -> Option<Names> {
+        let made = self.made.clone();
+        self.ids.others().then(|| Box::new(move |id| made.get(&id).copied().unwrap_or(id)) as Names)
     }
 
     fn release(self: Box<Self>) -> Result<(), RestoreError> {

@@ -12,6 +12,7 @@ use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
 use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::DumpError;
 use ckpt_core::image::Zombie;
+use ckpt_core::names::Names;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
@@ -542,6 +543,11 @@ impl Frozen for FrozenTree {
 
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
+    }
+
+    /// Its trees have the kernel's ids.
+    fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError> {
+        Ok(None)
     }
 
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {

@@ -67,6 +67,10 @@ impl Restorer for PtraceRestorer {
         Ok(Box::new(skeleton::build(image)?))
     }
 
+    fn renames(&self) -> bool {
+        false
+    }
+
     fn filler(&self) -> Box<dyn Filler> {
         Box::new(Eager)
     }

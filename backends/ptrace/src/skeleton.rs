@@ -17,6 +17,7 @@ use ckpt_core::backend::Skeleton;
 use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{self, Image, Task};
+use ckpt_core::names::Names;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::resource::limits;
 use ckpt_core::{
@@ -730,6 +731,11 @@ impl Drop for SkeletonTree {
 impl Skeleton for SkeletonTree {
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         &mut self.targets
+    }
+
+    /// Its trees have their own.
+    fn real_ids(&self) -> Option<Names> {
+        None
     }
 
     fn release(self: Box<Self>) -> Result<(), RestoreError> {

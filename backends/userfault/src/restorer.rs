@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use ckpt_core::batch::{Batch, Sysno};
+use ckpt_core::names::Names;
 use ckpt_core::progress::Meter;
 use ckpt_core::resource::memory::{Eager, Filler, Mapping, Memory, NAME};
 use ckpt_core::store::ImageReader;
@@ -86,6 +87,10 @@ impl Restorer for UserfaultRestorer {
             pager: self.pager.clone(),
             options: self.options.clone(),
         }))
+    }
+
+    fn renames(&self) -> bool {
+        self.underneath.as_ref().is_some_and(|underneath| underneath.renames())
     }
 
     fn filler(&self) -> Box<dyn Filler> {
@@ -269,6 +274,10 @@ struct LazySkeleton {
 impl Skeleton for LazySkeleton {
     fn targets(&mut self) -> &mut [Box<dyn Target>] {
         self.inner.targets()
+    }
+
+    fn real_ids(&self) -> Option<Names> {
+        self.inner.real_ids()
     }
 
     fn release(self: Box<Self>) -> Result<(), RestoreError> {

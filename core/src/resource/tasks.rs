@@ -152,9 +152,16 @@ fn examine_sharing(targets: &[Box<dyn Target>], refusals: &mut Vec<Refusal>) -> 
     Ok(())
 }
 
-/// Whether every id is free, and the session is there.
-pub fn check(context: &mut Check<'_>) {
+/// Whether every id is free, or need not be, and the session is there.
+pub fn check(renames: bool, context: &mut Check<'_>) {
     let image = context.image;
+    if image.virtual_ids && !renames {
+        context.refuse(
+            "",
+            "its processes have ids that only the library in them translates: they were restored before when theirs were taken",
+            "restore it with --backend preload",
+        );
+    }
     if image.shell_job && !context.options.shell_job {
         context.refuse(
             "",
@@ -167,6 +174,8 @@ pub fn check(context: &mut Check<'_>) {
     for pid in live.chain(image.zombies.iter().map(|zombie| zombie.task.pid)) {
         if !ids.insert(pid) {
             context.refuse("", format!("process id {pid} is there twice"), "use another copy of the image");
+        } else if renames {
+            continue;
         } else if let Ok(proc) = ProcDir::open(pid) {
             let name = proc.stat_line().map(|stat| String::from_utf8_lossy(&stat.comm).into_owned());
             let zombie = proc.stat_line().is_ok_and(|stat| stat.state == 'Z');

@@ -84,6 +84,7 @@ wire_struct! {
         deleted_files: Vec<files::DeletedFileV1>,
         locks: Vec<locks::LockV1>,
         shell_job: bool,
+        virtual_ids: bool,
         losses: Vec<String>,
     }
 }
