@@ -136,7 +136,7 @@ struct Leave {
 unsafe fn freeze(index: u64, nonce: u32, context: *mut u64) {
     let session = (nonce as u64) << 32;
     // SAFETY: the context that the kernel made.
-    unsafe { ids::rewind(context) };
+    unsafe { ids::settle(context) };
     loop {
         let seen = CHANGES.load(Ordering::SeqCst);
         let now = SESSION.load(Ordering::SeqCst);
@@ -470,7 +470,7 @@ unsafe fn wind_back(context: *mut u64, number: u64) {
         if number == CLOCK_NANOSLEEP && *context.add(R10) != 0 && *context.add(RSI) & 1 == 0 {
             *context.add(RDX) = *context.add(R10);
         }
-        ids::rewind(context);
+        ids::settle(context);
     }
 }
 

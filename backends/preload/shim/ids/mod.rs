@@ -19,6 +19,7 @@ use crate::calls::{self, sys};
 use crate::translation::{HEADER_MAGIC, Header, KEPT, Table};
 
 mod library;
+mod paths;
 mod values;
 
 pub use library::{begin, write_trailer};
@@ -229,17 +230,30 @@ fn table(generation: u64) -> Table<'static> {
     unsafe { Table::at((&raw const HEADER.tables[generation as usize % KEPT]).read_volatile() as *const u64) }
 }
 
-/// A context that is about to leave: if it is at the gate, its call begins anew.
+/// Puts a context that a signal has interrupted where no id is on its way: a call that is at the gate begins anew, and a
+/// clone that has just come back is translated.
 ///
 /// # Safety
 /// A ucontext of the kernel.
-pub unsafe fn rewind(context: *mut u64) {
+pub unsafe fn settle(context: *mut u64) {
+    const RAX: usize = 18;
     const RIP: usize = 21;
     let (gate, end) = (ids_gate as *const () as u64, ids_gate_end as *const () as u64);
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the stubs are our own code, where two bytes precede what follows a call.
     unsafe {
-        if (gate..end).contains(&*context.add(RIP)) {
+        let rip = *context.add(RIP);
+        if (gate..end).contains(&rip) {
             *context.add(RIP) = ids_again as *const () as u64;
+        }
+        let stubs = (&raw const STUBS) as u64;
+        if rip.wrapping_sub(stubs + 2) < STUBS_SIZE as u64 - 40 && *context.add(RAX) as i64 > 0 {
+            // See `Stubs::add`: the place to return to is in the two instructions after the next.
+            let code = rip as *const u8;
+            if code.sub(2).cast::<[u8; 2]>().read() == [0x0f, 0x05] {
+                let (low, high) = (code.add(11).cast::<u32>(), code.add(19).cast::<u32>());
+                *context.add(RAX) = table(generation()).result(*context.add(RAX) as i32) as u64;
+                *context.add(RIP) = low.read_unaligned() as u64 | (high.read_unaligned() as u64) << 32;
+            }
         }
     }
 }
@@ -294,7 +308,7 @@ pub unsafe extern "C" fn trampoline(signal: i32, info: *mut i32, context: *mut u
     // SAFETY: what the kernel passes to a handler; the program's own was noted when it was set.
     unsafe {
         translate_signal(info);
-        rewind(context);
+        settle(context);
         let handler = (&raw const HEADER.handlers[signal as usize % 65]).read_volatile();
         if handler > 1 {
             let handler: unsafe extern "C" fn(i32, *mut i32, *mut u64) = core::mem::transmute(handler);
@@ -309,7 +323,11 @@ unsafe extern "C" fn before(frame: &mut Frame) -> u32 {
     frame.real_number = frame.number;
     frame.real = frame.args;
     // SAFETY: the program's own call.
-    unsafe { values::before(frame, &table(frame.generation)) };
+    unsafe {
+        let table = table(frame.generation);
+        values::before(frame, &table);
+        paths::before(frame, &table);
+    }
     0
 }
 
@@ -321,7 +339,11 @@ unsafe extern "C" fn after(frame: &mut Frame) {
         return;
     }
     // SAFETY: the program's own call, which has worked.
-    unsafe { values::after(frame, &table(frame.generation)) };
+    unsafe {
+        let table = table(frame.generation);
+        values::after(frame, &table);
+        paths::after(frame, &table);
+    }
 }
 
 /// Both sides of a clone: the maker learns the id, and what was made finds its own where the kernel wrote it.
