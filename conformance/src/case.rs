@@ -65,6 +65,8 @@ pub struct Case {
     pub needs: &'static [&'static str],
     /// Why it is not for an ordinary user, if so.
     pub privileged: Option<&'static str>,
+    /// Why it has to have its own ids, if so.
+    pub real_ids: Option<&'static str>,
     pub root: Root,
     pub shell_job: bool,
     pub tcp_close: bool,
@@ -97,6 +99,7 @@ impl Case {
             resources,
             needs: &[],
             privileged: None,
+            real_ids: None,
             root,
             rounds,
             shell_job: false,
@@ -118,6 +121,11 @@ impl Case {
     }
 
     /// Not tried as an ordinary user: why.
+    pub fn real_ids(mut self, why: &'static str) -> Case {
+        self.real_ids = Some(why);
+        self
+    }
+
     pub fn privileged(mut self, why: &'static str) -> Case {
         self.privileged = Some(why);
         self

@@ -30,6 +30,8 @@ pub enum Failure {
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Standard output and error of drivers, in the trial's directory.
 pub const LOG: &str = "driver.log";
+/// The id of the root of a restored tree.
+const ROOT: &str = "driver.root";
 const MESSAGE: &str = "driver.message";
 
 /// Dumps the tree under `root` into `image`.
@@ -52,16 +54,20 @@ pub fn dump(
     })
 }
 
-/// Brings the tree of `image` back. The root is then a child of whoever reaps orphans.
-pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path, ordinary: bool) -> Result<(), Failure> {
+/// Brings the tree of `image` back. Gives the id of its root. The root is then a child of whoever reaps orphans.
+pub fn restore(backend: &Backend, case: &Case, image: &Path, ordinary: bool) -> Result<i32, Failure> {
+    let dir = image.parent().expect("a trial's directory");
     let options = RestoreOptions { shell_job: case.shell_job, detach: true, ..RestoreOptions::default() };
-    drive(image.parent().expect("a trial's directory"), ordinary, || {
+    drive(dir, ordinary, || {
         let restorer = backend.restorer.ok_or("it has no restorer")?();
         let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
         let restored = ckpt_core::restore::restore(&*restorer, &*reader, &options, &mut Silent)
             .map_err(|error| error.to_string())?;
-        if restored == Pid(root) { Ok(()) } else { Err(format!("process {root} was dumped, {restored} restored")) }
-    })
+        fs::write(dir.join(ROOT), restored.to_string()).map_err(|error| error.to_string())
+    })?;
+    let root = fs::read_to_string(dir.join(ROOT)).map_err(|error| Failure::Broke(error.to_string()))?;
+    let _ = fs::remove_file(dir.join(ROOT));
+    root.parse().map_err(|_| Failure::Broke(format!("the restored root is {root:?}")))
 }
 
 /// Runs `work` in a child process and waits for its end. The caller must have one thread.

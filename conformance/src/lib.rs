@@ -12,6 +12,7 @@ pub mod expect;
 pub mod isolation;
 pub mod matrix;
 pub mod ordinary;
+pub mod strangers;
 pub mod suite;
 pub mod trial;
 pub mod visible;

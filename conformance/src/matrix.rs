@@ -86,6 +86,15 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
                         Err(why) => skip(host.required.has(dumper.name), why),
                     },
                 };
+                // A refusal is the same, whoever has the ids.
+                if case.refused_at_restore.is_none() {
+                    let todo = match (&todo, case.real_ids) {
+                        (Todo::Try, Some(why)) => Todo::Cannot(format!("{} under other ids: {why}", dumper.name)),
+                        _ => todo.clone(),
+                    };
+                    let way = Way::Taken { backend: dumper.name, rounds: rounds(case) };
+                    cells.push(Cell { case: case.clone(), todo, way });
+                }
                 cells.push(Cell { case: case.clone(), todo, way });
             }
             for restorer in backends.iter().filter(|backend| backend.restorer.is_some()) {

@@ -15,6 +15,7 @@ use ckpt_core::registry;
 
 use crate::case::{Case, GO, OUTPUT, READY, Root, VERDICT};
 use crate::driver::{self, Failure};
+use crate::strangers::Strangers;
 use crate::visible::{Visible, numbers};
 use crate::{cases, isolation, ordinary};
 
@@ -29,12 +30,16 @@ pub enum Way {
     Restored { dumper: &'static str, restorer: &'static str, rounds: usize },
     /// The same with one backend, all by an [ordinary user](crate::ordinary).
     Ordinary { backend: &'static str, rounds: usize },
+    /// The same, and while the tree is away its ids are [taken](crate::strangers).
+    Taken { backend: &'static str, rounds: usize },
     /// Nothing, by an ordinary user.
     OrdinaryDry,
 }
 
 /// Ends the names of ways of an ordinary user.
 const BY_NOBODY: &str = "@nobody";
+/// Ends those of ways where the ids are taken.
+const TAKEN: &str = "@taken";
 
 impl Way {
     /// The name of its column in the matrix; also how a trial's process is told.
@@ -44,6 +49,7 @@ impl Way {
             Way::Running(dumper) => format!("{dumper}+running"),
             Way::Restored { dumper, restorer, .. } => format!("{dumper}+{restorer}"),
             Way::Ordinary { backend, .. } => format!("{backend}{BY_NOBODY}"),
+            Way::Taken { backend, .. } => format!("{backend}{TAKEN}"),
             Way::OrdinaryDry => format!("dry{BY_NOBODY}"),
         }
     }
@@ -52,12 +58,15 @@ impl Way {
     fn dumper(&self) -> Option<&'static str> {
         match self {
             Way::Dry | Way::OrdinaryDry => None,
-            Way::Running(dumper) | Way::Restored { dumper, .. } | Way::Ordinary { backend: dumper, .. } => Some(dumper),
+            Way::Running(dumper)
+            | Way::Restored { dumper, .. }
+            | Way::Ordinary { backend: dumper, .. }
+            | Way::Taken { backend: dumper, .. } => Some(dumper),
         }
     }
 
     fn is_ordinary(&self) -> bool {
-        matches!(self, Way::Ordinary { .. } | Way::OrdinaryDry)
+        matches!(self, Way::Ordinary { .. } | Way::Taken { .. } | Way::OrdinaryDry)
     }
 
     fn parse(name: &str, rounds: usize) -> Option<Way> {
@@ -67,6 +76,9 @@ impl Way {
                 "dry" => Some(Way::OrdinaryDry),
                 name => Some(Way::Ordinary { backend: known(name)?, rounds }),
             };
+        }
+        if let Some(name) = name.strip_suffix(TAKEN) {
+            return Some(Way::Taken { backend: known(name)?, rounds });
         }
         match name.split_once('+') {
             None => (name == "dry").then_some(Way::Dry),
@@ -138,7 +150,10 @@ pub fn run(case: &Case, way: &Way, subject: &Path) -> Verdict {
     let dir = tempfile::Builder::new().prefix("ckpt-trial-").tempdir().map_err(|error| error.to_string())?;
     // A subject may have become another user when it writes its verdict.
     fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).map_err(|error| error.to_string())?;
-    let rounds = if let Way::Restored { rounds, .. } | Way::Ordinary { rounds, .. } = way { *rounds } else { 1 };
+    let rounds = match way {
+        Way::Restored { rounds, .. } | Way::Ordinary { rounds, .. } | Way::Taken { rounds, .. } => *rounds,
+        Way::Dry | Way::Running(_) | Way::OrdinaryDry => 1,
+    };
     let mut command = Command::new("/proc/self/exe");
     command.args([SWITCH, case.name, &way.name(), &rounds.to_string()]).arg(dir.path()).arg(subject);
     // SAFETY: prctl(2) is async-signal-safe.
@@ -180,11 +195,13 @@ struct Init<'a> {
     terminal: Option<OwnedFd>,
     /// Subject and drivers are an ordinary user's.
     ordinary: bool,
+    /// Who has the ids of the tree, where it is to come back under others.
+    strangers: Option<Strangers>,
 }
 
 impl Init<'_> {
     fn new(case: &Case, dir: PathBuf, subject: PathBuf) -> Init<'_> {
-        Init { case, dir, subject, root: 0, ended: BTreeMap::new(), terminal: None, ordinary: false }
+        Init { case, dir, subject, root: 0, ended: BTreeMap::new(), terminal: None, ordinary: false, strangers: None }
     }
 
     fn attend(&mut self, way: &Way) -> Verdict {
@@ -202,6 +219,12 @@ impl Init<'_> {
             Way::Running(dumper) => self.leave_running(dumper)?,
             Way::Restored { dumper, restorer, rounds } => {
                 if !self.rounds(dumper, restorer, rounds)? {
+                    return Ok(());
+                }
+            }
+            Way::Taken { backend, rounds } => {
+                self.strangers = Some(Strangers::default());
+                if !self.rounds(backend, backend, rounds)? {
                     return Ok(());
                 }
             }
@@ -352,18 +375,26 @@ impl Init<'_> {
         self.no_pagers_left("the restore of the round before")?;
         self.before_dump(round)?;
         let before = self.look();
+        // Those that the programs know, and those that they have, should they differ by now.
+        let ids: BTreeSet<i32> =
+            before.0.iter().flat_map(|pid| numbers(Path::new(&format!("/proc/{pid}/task")))).collect();
         let image = self.dir.join(format!("image-{round}"));
         driver::dump(backend(dumper), self.case, self.root, &image, After::Kill, self.ordinary)
             .map_err(|failure| format!("the dump failed: {failure:?}"))?;
         self.nothing_left("the dump")?;
         self.ended.clear();
+        if let Some(strangers) = &mut self.strangers {
+            strangers.take(&ids).map_err(|error| error.to_string())?;
+        }
         if let Some(change) = self.case.after_dump.filter(|_| round == 0) {
             change(&self.dir);
         }
-        let result = driver::restore(backend(restorer), self.case, self.root, &image, self.ordinary);
+        let result = driver::restore(backend(restorer), self.case, &image, self.ordinary);
         match (result, self.case.refused_at_restore) {
-            (Ok(()), None) => {}
-            (Ok(()), Some(text)) => return Err(format!("the restore was not refused; expected: {text}")),
+            (Ok(root), None) if self.strangers.is_some() => self.root = root,
+            (Ok(root), None) if root == self.root => {}
+            (Ok(root), None) => return Err(format!("process {} was dumped, {root} restored", self.root)),
+            (Ok(_), Some(text)) => return Err(format!("the restore was not refused; expected: {text}")),
             (Err(Failure::Said(message)), Some(text)) if message.contains(text) => {
                 self.nothing_left("the refused restore")?;
                 return Ok(false);
@@ -376,7 +407,15 @@ impl Init<'_> {
         if self.case.shell_job {
             give_terminal(self.root).map_err(|error| format!("giving the terminal to the subject: {error}"))?;
         }
-        self.compare(before, "after the restore")?;
+        if self.strangers.is_some() {
+            // It looks otherwise from outside. Whether it does from inside, the subject says.
+            let (was, is) = (before.0.len(), self.look().0.len());
+            if was != is {
+                return Err(format!("after the restore there are {is} processes, expected {was}"));
+            }
+        } else {
+            self.compare(before, "after the restore")?;
+        }
         self.after_restore(round)?;
         let _ = fs::remove_dir_all(&image);
         Ok(true)
@@ -392,6 +431,15 @@ impl Init<'_> {
         (clients.after_restore)(&self.dir, round).map_err(|failure| format!("after the restore: {failure}"))
     }
 
+    /// All processes but the strangers.
+    fn processes(&self) -> BTreeSet<i32> {
+        let mut pids = all_processes();
+        for stranger in self.strangers.iter().flat_map(Strangers::pids) {
+            pids.remove(&stranger);
+        }
+        pids
+    }
+
     fn files(&self) -> BTreeSet<String> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -400,7 +448,7 @@ impl Init<'_> {
 
     fn look(&mut self) -> (BTreeSet<i32>, Visible) {
         self.reap();
-        let pids = processes();
+        let pids = self.processes();
         let visible = Visible::look(&pids);
         let visible = if self.ordinary { visible.with_shared_memory_as_memfd() } else { visible };
         let visible = if self.case.unsteady { visible.coarse() } else { visible };
@@ -443,7 +491,7 @@ impl Init<'_> {
         let begin = Instant::now();
         loop {
             self.reap();
-            let left = processes();
+            let left = self.processes();
             if left.is_empty() {
                 return Ok(());
             }
@@ -496,6 +544,9 @@ impl Init<'_> {
             self.reap();
         }
         self.no_pagers_left("the end of the tree")?;
+        if let Some(strangers) = &self.strangers {
+            strangers.touched()?;
+        }
         let status = self.ended[&self.root];
         let verdict = if judged_by_clients { "pass".into() } else { self.verdict() };
         if verdict == "pass" && status.success() { Ok(()) } else { Err(format!("{verdict} ({status})")) }
@@ -520,7 +571,7 @@ impl Init<'_> {
 }
 
 /// All processes of the namespace but init, and but those that bring in memory after a restore.
-fn processes() -> BTreeSet<i32> {
+fn all_processes() -> BTreeSet<i32> {
     let mut pids = numbers(Path::new("/proc"));
     pids.remove(&1);
     pids.retain(|&pid| !is_pager(pid));
