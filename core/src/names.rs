@@ -5,6 +5,7 @@
 
 use crate::image::{Image, Process, Task};
 use crate::resource::descriptors::{FileKind, OpenFile};
+use crate::resource::locks::Kind;
 use crate::target::{Pid, SigInfo};
 
 /// What an id is to be called.
@@ -21,6 +22,11 @@ impl Image {
         }
         for file in &mut self.files {
             rename_file(file, name);
+        }
+        for lock in &mut self.locks {
+            if let Kind::Posix { process } = &mut lock.kind {
+                *process = name(*process);
+            }
         }
     }
 }

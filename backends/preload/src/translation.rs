@@ -101,7 +101,7 @@ impl<'a> Table<'a> {
     }
 
     /// The real id that the program means.
-    pub fn to_real(&self, id: u32) -> u32 {
+    pub fn to_real(self, id: u32) -> u32 {
         if let Some(real) = Table::find(self.by_virtual, id) {
             return real;
         }
@@ -113,7 +113,7 @@ impl<'a> Table<'a> {
     }
 
     /// The id by which the program knows a real one.
-    pub fn to_virtual(&self, real: u32) -> u32 {
+    pub fn to_virtual(self, real: u32) -> u32 {
         if let Some(id) = Table::find(self.by_real, real) {
             return id;
         }

@@ -16,14 +16,16 @@ pub fn cases() -> Vec<Case> {
         Case::new("attributes/of-the-process", &["attributes"], of_the_process),
         Case::new("attributes/not-dumpable", &["attributes"], not_dumpable)
             .privileged("a process that is not dumpable shows nothing to its user"),
-        Case::new("attributes/deny-write-execute", &["attributes", "memory"], deny_write_execute),
+        Case::new("attributes/deny-write-execute", &["attributes", "memory"], deny_write_execute)
+            .real_ids("its C library cannot be patched, as no code may be added"),
         Case::new("attributes/huge-pages-but-advised", &["attributes"], huge_pages_but_advised),
         Case::new("attributes/subreaper", &["attributes", "tasks"], subreaper),
         Case::new("attributes/personality", &["thread-attributes"], personality),
         Case::new("attributes/of-threads", &["thread-attributes"], of_threads),
         Case::new("attributes/speculation", &["thread-attributes"], speculation),
         Case::new("attributes/no-time-stamp-counter", &["thread-attributes"], no_time_stamp_counter),
-        Case::new("attributes/robust-mutex", &["thread-attributes"], robust_mutex),
+        Case::new("attributes/robust-mutex", &["thread-attributes"], robust_mutex)
+            .real_ids("the kernel compares the owner of a robust mutex with the real id"),
         Case::new("attributes/join", &["thread-attributes"], join),
         Case::new("attributes/death-of-the-parent", &["thread-attributes"], death_of_the_parent),
         Case::new("attributes/end-of-the-restorer", &["thread-attributes"], end_of_the_restorer),

@@ -6,7 +6,8 @@ use crate::expect::{done, equal, that};
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("limits/all", &["limits"], all),
-        Case::new("limits/below-what-is-used", &["limits", "descriptors"], below_what_is_used),
+        Case::new("limits/below-what-is-used", &["limits", "descriptors"], below_what_is_used)
+            .real_ids("the limit of its address space leaves no room for a table of ids"),
         Case::new("limits/no-room", &["limits", "memory"], no_room)
             .refused_at_dump("RLIMIT_AS")
             .needs(&["naming the limit that is in the way"]),

@@ -4,7 +4,7 @@
 //! current directory leads; so it does not matter how a program spells it. Symbolic links of the user's own into `/proc`
 //! are not followed.
 //!
-//! `stat`, `status` and `children` of a process or thread are read at once when they are opened: the program gets a
+//! `stat`, `status`, `children`, `timers` and `fdinfo` of a process or thread are read at once when they are opened: the program gets a
 //! memfd with that content in its own ids. It does not change afterwards, as the file would.
 
 use super::{BUFFER, Frame};
@@ -29,6 +29,10 @@ enum Place {
     Stat,
     Status,
     Children,
+    Timers,
+    /// `fdinfo`, and a file in it.
+    Descriptors,
+    Descriptor,
     Other,
 }
 
@@ -83,6 +87,10 @@ impl Walk {
                 (Place::Process, b"task", _) => self.enter(Place::Tasks),
                 (Place::Process | Place::Thread, b"stat", _) => self.enter(Place::Stat),
                 (Place::Process | Place::Thread, b"status", _) => self.enter(Place::Status),
+                (Place::Process | Place::Thread, b"timers", _) => self.enter(Place::Timers),
+                (Place::Process | Place::Thread, b"fdinfo", _) => self.enter(Place::Descriptors),
+                (Place::Descriptors, _, Some(_)) => self.enter(Place::Descriptor),
+                (Place::Descriptors, b"0", _) => self.enter(Place::Descriptor),
                 (Place::Thread, b"children", _) => self.enter(Place::Children),
                 _ => self.enter(Place::Other),
             }
@@ -163,6 +171,9 @@ fn path_of(call: u64) -> Option<(usize, Option<usize>)> {
     }
 }
 
+/// How the names of files begin that tell ids.
+const FILES: [&[u8]; 4] = [b"stat", b"children", b"timers", b"fdinfo"];
+
 /// Whether a path could lead to an id below `/proc`. For most it takes a look at five bytes.
 fn is_suspect(path: &[u8]) -> bool {
     match path {
@@ -173,7 +184,7 @@ fn is_suspect(path: &[u8]) -> bool {
             let mut n = 0;
             while n < path.len() {
                 let rest = &path[n..];
-                if begins && (rest[0].is_ascii_digit() || rest.starts_with(b"stat") || rest.starts_with(b"children")) {
+                if begins && (rest[0].is_ascii_digit() || FILES.iter().any(|name| rest.starts_with(name))) {
                     return true;
                 }
                 begins = path[n] == b'/';
@@ -267,7 +278,8 @@ pub unsafe fn after(frame: &mut Frame, table: &Table<'_>) {
                     257 => args[2],
                     _ => *(args[2] as *const u64),
                 };
-                let tells = [Place::Stat, Place::Status, Place::Children].iter().find(|&&kind| kind as u64 == place);
+                let tells = [Place::Stat, Place::Status, Place::Children, Place::Timers, Place::Descriptor]
+                    .iter().find(|&&kind| kind as u64 == place);
                 if let (Some(kind), true) = (tells, flags & (O_ACCMODE | O_PATH) == 0) {
                     tell(frame.result as i32, *kind, flags & O_CLOEXEC, table);
                 }
@@ -397,7 +409,8 @@ unsafe fn tell(fd: i32, kind: Place, close_on_exec: u64, table: &Table<'_>) {
         let mut out = Text::new(core::slice::from_raw_parts_mut(memory.add(ROOM), ROOM));
         match kind {
             Place::Stat => stat(text, &mut out, table),
-            Place::Status => status(text, &mut out, table),
+            Place::Status | Place::Descriptor => lines(text, &mut out, table, &STATUS),
+            Place::Timers => lines(text, &mut out, table, &[b"notify:"]),
             _ => numbers(text, &mut out, table, usize::MAX),
         }
         let copy = sys!(calls::MEMFD_CREATE, c"proc".as_ptr(), MFD_CLOEXEC);
@@ -456,9 +469,11 @@ fn stat(text: &[u8], out: &mut Text<'_>, table: &Table<'_>) {
     }
 }
 
-fn status(text: &[u8], out: &mut Text<'_>, table: &Table<'_>) {
-    const NAMES: [&[u8]; 8] =
-        [b"Tgid:", b"Pid:", b"PPid:", b"TracerPid:", b"NStgid:", b"NSpid:", b"NSpgid:", b"NSsid:"];
+/// Lines of `status` and `fdinfo` that begin with an id.
+const STATUS: [&[u8]; 8] = [b"Tgid:", b"Pid:", b"PPid:", b"TracerPid:", b"NStgid:", b"NSpid:", b"NSpgid:", b"NSsid:"];
+
+/// Translates the first number in each line that begins so.
+fn lines(text: &[u8], out: &mut Text<'_>, table: &Table<'_>, names: &[&[u8]]) {
     let mut at = 0;
     while at < text.len() {
         let mut end = at;
@@ -467,7 +482,7 @@ fn status(text: &[u8], out: &mut Text<'_>, table: &Table<'_>) {
         }
         end = (end + 1).min(text.len());
         let line = &text[at..end];
-        let tells = NAMES.iter().any(|name| line.starts_with(name));
+        let tells = names.iter().any(|name| line.starts_with(name));
         numbers(line, out, table, tells as usize);
         at = end;
     }
