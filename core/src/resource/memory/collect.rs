@@ -66,10 +66,19 @@ impl Looks {
             return Ok(Looks { files: files.into_iter(), ahead: None });
         }
         let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
+        let (work, accepted) = mpsc::channel::<Vec<Files>>();
+        let reading = std::thread::Builder::new().spawn(move || {
             // Nobody listens any more once the dump has failed.
-            files.into_iter().try_for_each(|files| sender.send(look(files)))
+            accepted.into_iter().flatten().try_for_each(|files| sender.send(look(files)))
         });
+        if reading.is_err() {
+            // No more threads may be started: each is read when it is asked for.
+            return Ok(Looks { files: files.into_iter(), ahead: None });
+        }
+        work.send(files).map_err(|_| DumpError::Io {
+            what: "reading smaps ahead".into(),
+            source: io::Error::other("the thread that does it has ended"),
+        })?;
         Ok(Looks { files: Vec::new().into_iter(), ahead: Some(receiver) })
     }
 
