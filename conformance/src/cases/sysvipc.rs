@@ -71,6 +71,10 @@ fn disturb(_dir: &Path) {
             (0..10).for_each(|number| _ = unsafe { libc::semctl(id, number, libc::SETVAL, 77) });
         }
         for id in ids("msg") {
+            // That nobody has used it could not come back.
+            if queue_status(id)?.msg_lspid == 0 {
+                continue;
+            }
             while receive(id, 0, libc::IPC_NOWAIT).is_ok() {}
             send(id, 9, b"not of the tree")?;
         }
@@ -507,6 +511,7 @@ fn other_owner(checkpoint: &Checkpoint) -> Verdict {
         done("seteuid", unsafe { libc::seteuid(55) })?;
         let (id, messages) = (segment(KEY, SIZE, 0o604)?, queue(KEY)?);
         attached(id, 0)?[7] = 7;
+        send(messages, 1, b"so that it is known whose it is")?;
         // SAFETY: this process has one thread.
         done("seteuid", unsafe { libc::seteuid(0) })?;
         let mut changed = status(id)?;

@@ -29,7 +29,7 @@ use crate::resource::Check;
 use crate::resource::memory::{self, ObjectId};
 use crate::target::{Pid, Target};
 
-pub use segments::size as segment_size;
+pub use segments::{copy as copy_segment, size as segment_size};
 
 /// The section name.
 pub const NAME: &str = "sysvipc";

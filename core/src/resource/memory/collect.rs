@@ -155,7 +155,7 @@ fn collect_mapping(
         Source::Vdso
     } else if name.starts_with(b"[vvar") {
         Source::Vvar
-    } else if found.inode != 0 {
+    } else if found.inode != 0 || segment_key(found).is_some() {
         match file_source(context, objects, found)? {
             Some(source) => source,
             None => return Ok(None),

@@ -137,10 +137,29 @@ impl Objects {
         if mapping.offset != 0 || !mapping.read {
             return Ok(Err("this shared memory is mapped in part, or may not be read".into()));
         }
-        let content = match copy_mapped(target, mapping, end)? {
-            Ok(content) => content,
-            Err(why) => return Ok(Err(why)),
-        };
+        let pid = target.pid();
+        let failed = |operation| move |source| TargetError::Driver { pid, operation, source };
+        let copy = memfd_create(c"dev-zero", MFdFlags::MFD_CLOEXEC)
+            .map_err(|errno| failed("memfd_create")(io::Error::from(errno)))?;
+        ftruncate(&copy, end as i64).map_err(|errno| failed("ftruncate")(io::Error::from(errno)))?;
+        use std::os::fd::AsFd;
+        let theirs = target.fds_in(&[copy.as_fd()])?[0];
+        let mut at = 0;
+        while at < end {
+            let size = (end - at).min(64 << 20);
+            let mut batch = Batch::new();
+            let wrote = batch.try_call(Sysno::pwrite64, args![theirs, mapping.start + at, size, at]);
+            match target.run(&batch)?.result(wrote) {
+                Ok(wrote) if wrote > 0 => at += wrote,
+                _ => {
+                    target.fds_done(&[theirs])?;
+                    return Ok(Err("it has pages that may not be read (guard pages)".into()));
+                }
+            }
+        }
+        target.fds_done(&[theirs])?;
+        let content = File::from(copy);
+        punch_zeros(&content, end).map_err(failed("copying shared memory"))?;
         let id = ObjectId(self.found.len() as u32);
         self.by_inode.insert(inode, id);
         let object = Object { kind: ObjectKind::Anonymous, size: end, pages: Vec::new() };
@@ -169,12 +188,12 @@ impl Objects {
             Ok(content) => content,
             // To follow these links takes CAP_CHECKPOINT_RESTORE.
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                if mapping.offset != 0 || !mapping.read || mapping.len() != size.next_multiple_of(PAGE_SIZE) {
-                    return Ok(Err("this System V segment is attached in parts, or may not be read".into()));
-                }
-                match copy_mapped(target, mapping, size)? {
-                    Ok(content) => content,
-                    Err(why) => return Ok(Err(why)),
+                match sysvipc::copy_segment(target, number, size)? {
+                    Some(content) => {
+                        punch_zeros(&content, size).map_err(failed)?;
+                        content
+                    }
+                    None => return Ok(Err("this System V segment may not be read, or is larger than 2 GiB".into())),
                 }
             }
             Err(error) => return Err(failed(error)),
@@ -220,39 +239,6 @@ impl Objects {
         }
         Ok(objects)
     }
-}
-
-/// Has a process copy shared memory of so many bytes that it has mapped from its beginning. The inner error says why it
-/// cannot be.
-fn copy_mapped(
-    target: &mut dyn Target,
-    mapping: &crate::procfs::Mapping,
-    size: u64,
-) -> Result<Result<File, String>, TargetError> {
-    let pid = target.pid();
-    let failed = |operation| move |source| TargetError::Driver { pid, operation, source };
-    let copy = memfd_create(c"dev-zero", MFdFlags::MFD_CLOEXEC)
-        .map_err(|errno| failed("memfd_create")(io::Error::from(errno)))?;
-    ftruncate(&copy, size as i64).map_err(|errno| failed("ftruncate")(io::Error::from(errno)))?;
-    use std::os::fd::AsFd;
-    let theirs = target.fds_in(&[copy.as_fd()])?[0];
-    let mut at = 0;
-    while at < size {
-        let size = (size - at).min(64 << 20);
-        let mut batch = Batch::new();
-        let wrote = batch.try_call(Sysno::pwrite64, args![theirs, mapping.start + at, size, at]);
-        match target.run(&batch)?.result(wrote) {
-            Ok(wrote) if wrote > 0 => at += wrote,
-            _ => {
-                target.fds_done(&[theirs])?;
-                return Ok(Err("it has pages that may not be read (guard pages)".into()));
-            }
-        }
-    }
-    target.fds_done(&[theirs])?;
-    let content = File::from(copy);
-    punch_zeros(&content, size).map_err(failed("copying shared memory"))?;
-    Ok(Ok(content))
 }
 
 /// Makes holes of pages that hold zeros.

@@ -1,8 +1,10 @@
 //! Shared memory segments: attachments are mappings of a shared memory object ([`ObjectKind::Segment`]).
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Belongs, Collector, IPC_RMID, Kind, Listed, NAME, Permissions, Rebuilder, Segment, Wanted, listed};
@@ -12,14 +14,14 @@ use crate::error::{DumpError, RestoreError};
 use crate::image::Image;
 use crate::resource::Check;
 use crate::resource::memory::{Mapping, ObjectId, ObjectKind, Source};
-use crate::target::PAGE_SIZE;
+use crate::target::{PAGE_SIZE, Target, TargetError};
 
 /// Removed, and there only until nobody has it attached (`shm.h`).
 const SHM_DEST: u32 = 0o1000;
 const SHM_LOCKED: u32 = 0o2000;
 const SHM_LOCK: i32 = 11;
 /// As much as one `write` copies.
-const MOST_UNATTACHED: u64 = 0x7fff_f000;
+const MOST_AT_ONCE: u64 = 0x7fff_f000;
 
 /// Bytes of a segment, which need not be whole pages.
 pub fn size(id: i32) -> std::io::Result<Option<u64>> {
@@ -117,34 +119,39 @@ fn torn(mappings: &[Mapping], segment: impl Fn(ObjectId) -> Option<(i32, u64)>) 
     next.and(begun)
 }
 
+/// Has a process attach a segment once more, copy it, and detach it, in one go. `None` if it may not, or if it is too large.
+pub fn copy(target: &mut dyn Target, id: i32, size: u64) -> Result<Option<File>, TargetError> {
+    if size > MOST_AT_ONCE {
+        return Ok(None);
+    }
+    let pid = target.pid();
+    let failed = |errno: Errno| TargetError::Driver { pid, operation: "memfd_create", source: errno.into() };
+    let copy = memfd_create(c"segment", MFdFlags::MFD_CLOEXEC).map_err(failed)?;
+    nix::unistd::ftruncate(&copy, size as i64).map_err(failed)?;
+    let theirs = target.fds_in(&[copy.as_fd()])?[0];
+    let mut batch = Batch::new();
+    let attached = batch.try_call(Sysno::shmat, args![id, 0, libc::SHM_RDONLY]);
+    // If it could not be attached, these are of an address that is none, and fail.
+    let wrote = batch.try_call(Sysno::pwrite64, args![theirs, attached, size, 0]);
+    batch.try_call(Sysno::shmdt, args![attached]);
+    let replies = target.run(&batch)?;
+    target.fds_done(&[theirs])?;
+    Ok((replies.result(attached).is_ok() && replies.result(wrote) == Ok(size)).then(|| File::from(copy)))
+}
+
 /// Has a process of the tree copy a segment that nobody has attached.
 fn copy_unattached(collector: &mut Collector<'_>, found: &Listed) -> Result<Option<ObjectId>, DumpError> {
     let (id, size) = (found.permissions.id, found.field("size") as u64);
-    if size > MOST_UNATTACHED {
-        let why = "nobody has it attached, and it is larger than 2 GiB";
-        collector.refuse(Kind::Segment, id, why, "have the program attach it before the dump");
-        return Ok(None);
-    }
-    let failed = |source| DumpError::Io { what: format!("{NAME}: copying shared memory segment {id}"), source };
-    let copy = memfd_create(c"segment", MFdFlags::MFD_CLOEXEC).map_err(|errno| failed(errno.into()))?;
-    nix::unistd::ftruncate(&copy, size as i64).map_err(|errno| failed(errno.into()))?;
     for target in &mut *collector.targets {
         let pid = target.pid();
-        let target_failed = |source| DumpError::Target { resource: NAME, pid, source };
-        let theirs = target.fds_in(&[copy.as_fd()]).map_err(target_failed)?[0];
-        let mut batch = Batch::new();
-        let attached = batch.try_call(Sysno::shmat, args![id, 0, libc::SHM_RDONLY]);
-        // If it could not be attached, these are of an address that is none, and fail.
-        let wrote = batch.try_call(Sysno::pwrite64, args![theirs, attached, size, 0]);
-        batch.try_call(Sysno::shmdt, args![attached]);
-        let replies = target.run(&batch).map_err(target_failed)?;
-        target.fds_done(&[theirs]).map_err(target_failed)?;
-        if replies.result(attached).is_ok() && replies.result(wrote) == Ok(size) {
+        let copied = copy(&mut **target, id, size);
+        if let Some(copy) = copied.map_err(|source| DumpError::Target { resource: NAME, pid, source })? {
             let added = collector.objects.add_copy(id, found.permissions.key, size, copy.into());
+            let failed = |source| DumpError::Io { what: format!("{NAME}: copying shared memory segment {id}"), source };
             return added.map(Some).map_err(failed);
         }
     }
-    let why = "no process of the tree may read it";
+    let why = "no process of the tree may read it, or it is larger than 2 GiB and nobody has it attached";
     collector.refuse(Kind::Segment, id, why, "have its owner allow that (shmctl IPC_SET)");
     Ok(None)
 }
