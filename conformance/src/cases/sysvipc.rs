@@ -196,8 +196,8 @@ fn segments(checkpoint: &Checkpoint) -> Verdict {
     child.passed()?;
     let other = attached(unattached, 0)?;
     that("the content of the one that nobody had attached", is_filled(other, 3))?;
-    // SAFETY: nothing uses them any more.
     for start in [memory.as_ptr(), again.as_ptr(), sparse.as_ptr(), other.as_ptr()] {
+        // SAFETY: nothing uses them any more.
         done("shmdt", unsafe { libc::shmdt(start.cast()) })?;
     }
     equal("attachments in the end", 0, status(with_key)?.shm_nattch)?;
@@ -508,6 +508,7 @@ fn other_owner(checkpoint: &Checkpoint) -> Verdict {
     let child = in_child(|| {
         // SAFETY: this process has one thread.
         done("setegid", unsafe { libc::setegid(54) })?;
+        // SAFETY: this process has one thread.
         done("seteuid", unsafe { libc::seteuid(55) })?;
         let (id, messages) = (segment(KEY, SIZE, 0o604)?, queue(KEY)?);
         attached(id, 0)?[7] = 7;
