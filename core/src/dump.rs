@@ -10,7 +10,7 @@ use crate::progress::{Meter, Phase, Progress};
 use crate::resource::questions::Questions;
 use crate::resource::{
     Collect, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
-    sysvipc, tasks, timers,
+    sysvipc, tasks, terminals, timers,
 };
 use crate::store::ImageWriter;
 use crate::target::{Pid, Target};
@@ -113,6 +113,8 @@ fn collect(
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
         descriptors::collect(targets, &zombies, &mut objects, store, options, &mut refusals)?;
+    let threads: Vec<_> = answers.iter().map(|(_, answers)| answers.as_slice()).collect();
+    terminals::examine(targets, &threads, &files, &mut refusals);
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());
