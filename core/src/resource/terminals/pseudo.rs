@@ -144,8 +144,7 @@ pub(super) fn collect_master(context: &mut CollectFile<'_>) -> Result<Terminal, 
     if context.seen.link.as_bytes().ends_with(b"(deleted)") {
         context.refuse("it was opened by a name that is gone", "have the program open it again");
     }
-    let in_tree = |target: &Box<dyn Target>| target.pid() == saved.session;
-    if saved.session.0 != 0 && !context.targets.iter().any(in_tree) {
+    if saved.session.0 != 0 && !context.targets.iter().any(|target| target.pid() == saved.session) {
         let why = format!("it controls session {}, whose leader is not part of the tree", saved.session);
         context.refuse(why, "dump a tree that has both");
     }
