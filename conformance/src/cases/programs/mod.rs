@@ -1,5 +1,6 @@
 //! Real programs, each judged by its own result or by its clients, through five rounds of dump and restore in a row.
 
+mod nginx;
 mod redis;
 
 use std::path::Path;
@@ -21,6 +22,11 @@ pub fn cases() -> Vec<Case> {
         )
         .needs(&["deleted executables"]),
         Case::program("programs/java", RESOURCES, script(java, &[("/usr/bin/java", "default-jre-headless")])),
+        Case::program(
+            "programs/nginx",
+            &["epoll", "eventfd", "files", "inet_sockets", "memory", "tasks", "unix_sockets"],
+            nginx::program(),
+        ),
         Case::program("programs/node", RESOURCES, script(node, &[("/usr/bin/node", "nodejs")])),
         Case::program(
             "programs/numpy",
@@ -35,8 +41,7 @@ pub fn cases() -> Vec<Case> {
                 postgresql,
                 &[("/usr/share/postgresql-common/pg_wrapper", "postgresql"), ("/usr/bin/setpriv", "util-linux")],
             ),
-        )
-        .needs(&["PostgreSQL"]),
+        ),
         Case::program(
             "programs/python",
             &["files", "locks", "memory", "registers", "signals", "tasks"],
