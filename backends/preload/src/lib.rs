@@ -64,7 +64,7 @@ fn capability() -> Capability {
             "data right below a small stack",
             // It does not take the shim's signal: found by the conformance suite, and not understood yet.
             "vim",
-            // What its epolls watch is not found, and a mapping fails in its skeleton: as above.
+            // A long batch of mappings fails in its skeleton, and a socket with a long name needs privileges: as above.
             "PostgreSQL",
         ],
         privileges: Vec::new(),

@@ -41,7 +41,8 @@ pub fn cases() -> Vec<Case> {
                 postgresql,
                 &[("/usr/share/postgresql-common/pg_wrapper", "postgresql"), ("/usr/bin/setpriv", "util-linux")],
             ),
-        ),
+        )
+        .needs(&["PostgreSQL"]),
         Case::program(
             "programs/python",
             &["files", "locks", "memory", "registers", "signals", "tasks"],
