@@ -1,5 +1,5 @@
 //! Terminals: a job of a terminal (`--shell-job`) goes on as a job of the restorer's; and pseudoterminals of which both sides
-//! are in the tree ([`pseudo`]).
+//! are in the tree (`pseudo.rs`).
 //!
 //! The other side of a job's terminal, an emulator or a line, is not part of the tree, so that there is nothing to bring
 //! back but the connection: descriptors of the job's terminal come to lead to the one that the restorer has, with the
