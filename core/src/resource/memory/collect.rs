@@ -164,7 +164,7 @@ fn collect_mapping(
         Source::Vdso
     } else if name.starts_with(b"[vvar") {
         Source::Vvar
-    } else if found.inode != 0 {
+    } else if found.inode != 0 || segment_key(found).is_some() {
         match file_source(context, objects, found)? {
             Some(source) => source,
             None => return Ok(None),
@@ -210,6 +210,17 @@ fn file_source(
     objects: &mut Objects,
     found: &procfs::Mapping,
 ) -> Result<Option<Source>, DumpError> {
+    // Its inode number is its id, which an inode of another kind may have as well.
+    if let Some(key) = segment_key(found) {
+        return match objects.add_segment(context.target, found, key) {
+            Ok(Ok(id)) => Ok(Some(Source::Object { id, offset: found.offset, writable: found.has("mw") })),
+            Ok(Err(why)) => {
+                context.refuse(subject(found), why, "have the program detach it (shmdt) before the dump");
+                Ok(None)
+            }
+            Err(source) => Err(context.target_error(source)),
+        };
+    }
     let path = format!("map_files/{:x}-{:x}", found.start, found.end);
     let proc = context.target.proc();
     let key = (found.major, found.minor, found.inode);
@@ -252,8 +263,8 @@ fn file_source(
             Err(error) => Err(context.io_error(&path, error)),
         };
     }
-    if text.starts_with(b"/SYSV") || text.starts_with(b"/[aio]") || text.starts_with(b"anon_inode:") {
-        let why = "memory of System V segments, asynchronous I/O and the like is not supported";
+    if text.starts_with(b"/[aio]") || text.starts_with(b"anon_inode:") {
+        let why = "memory of asynchronous I/O and the like is not supported";
         context.refuse(subject(found), why, "have the program release it before the dump");
         return Ok(None);
     }
@@ -280,6 +291,13 @@ fn file_source(
             Ok(None)
         }
     }
+}
+
+/// The key in the name of a System V segment: `/SYSV0000002a (deleted)`, on no device.
+fn segment_key(found: &procfs::Mapping) -> Option<i32> {
+    let key = found.name.to_str()?.strip_prefix("/SYSV")?.strip_suffix(" (deleted)")?;
+    let key = u32::from_str_radix(key, 16).ok()?;
+    (found.major == 0 && found.shared).then_some(key as i32)
 }
 
 /// Whether a `stat` is of what is mapped, by what `maps` shows.
