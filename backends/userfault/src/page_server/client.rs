@@ -13,14 +13,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ckpt_core::PAGE_SIZE;
-use ckpt_core::resource::memory::Pages;
+use ckpt_core::resource::memory::{ObjectId, Pages};
 use ckpt_core::store::ImageReader;
 
 use super::wire::{self, Answer, LONGEST_NAME, MAGIC, MOST, Request, Seal};
 use super::{Token, random};
 use crate::outstanding::Run;
 use crate::source::{Checksums, Source};
-use crate::{Options, lazy_mappings};
+use crate::{Options, lazy_mappings, lazy_objects};
 
 /// Where pages come from, if not from a file.
 #[derive(Clone, Debug)]
@@ -294,7 +294,9 @@ pub fn fetch(from: &PagesFrom) -> Result<Stub, String> {
 /// In words.
 pub fn fetch_eager(from: &PagesFrom, stub: &Stub, reader: &dyn ImageReader, options: &Options) -> Result<(), String> {
     let image = reader.image();
-    let mut wanted: Vec<Pages> = image.memory_objects.iter().flat_map(|object| object.pages.iter().copied()).collect();
+    let lazy: Vec<ObjectId> = lazy_objects(image, options).map(|(id, _)| id).collect();
+    let eager = image.memory_objects.iter().enumerate().filter(|(id, _)| !lazy.contains(&ObjectId(*id as u32)));
+    let mut wanted: Vec<Pages> = eager.flat_map(|(_, object)| object.pages.iter().copied()).collect();
     for process in &image.processes {
         let lazy: Vec<u64> = lazy_mappings(&process.memory, options).map(|mapping| mapping.start).collect();
         let eager = process.memory.mappings.iter().filter(|mapping| !lazy.contains(&mapping.start));
