@@ -42,12 +42,14 @@ impl Token {
         }
         let mut bytes = Vec::new();
         file.take(4096).read_to_end(&mut bytes).map_err(|error| said(error.to_string()))?;
-        let token = bytes.trim_ascii().to_vec();
-        if token.len() < SHORTEST {
-            let way_out = "make one with: head -c 32 /dev/urandom | base64 >FILE";
-            return Err(said(format!("it has {} bytes, and needs {SHORTEST}; {way_out}", token.len())));
-        }
-        Ok(Token(token))
+        let token = bytes.trim_ascii();
+        let way_out = "make one with: head -c 32 /dev/urandom | base64 >FILE";
+        Token::of(token).ok_or_else(|| said(format!("it has {} bytes, and needs {SHORTEST}; {way_out}", token.len())))
+    }
+
+    /// One of these bytes, if they are enough.
+    pub fn of(bytes: &[u8]) -> Option<Token> {
+        (bytes.len() >= SHORTEST).then(|| Token(bytes.to_vec()))
     }
 }
 

@@ -22,9 +22,11 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/then-protected", memory, protected),
         Case::new("memory/then-forked", memory, forked),
         Case::new("memory/then-left", memory, left),
-        Case::new("memory/then-touched-by-the-kernel", memory, touched_by_the_kernel),
+        Case::new("memory/then-touched-by-the-kernel", memory, touched_by_the_kernel)
+            .privileged("process_vm_readv is what ordinary users are tried without"),
         Case::new("memory/then-touched-by-all-threads", memory, touched_by_all_threads),
-        Case::new("memory/shared-large", memory, shared_large),
+        Case::new("memory/shared-large", memory, shared_large)
+            .privileged("a memory file without a descriptor is found through map_files"),
         Case::new("memory/shared-then-given-back", memory, shared_then_given_back),
         Case::new("memory/shared-then-moved", memory, shared_then_moved),
     ]
@@ -116,7 +118,7 @@ fn moved(checkpoint: &Checkpoint) -> Result<(), String> {
         pages.expect(page, 0, "new memory where moved memory was")?;
     }
     // And back again, with what has not been touched meanwhile of another part.
-    let again = remap(pages, 192, 64, 64, None)?;
+    let again = remap(pages, 192, 64, 64, Some(Pages { start: room.start.wrapping_add(128 * PAGE) }))?;
     let back = remap(again, 0, 64, 64, Some(Pages { start: pages.start.wrapping_add(192 * PAGE) }))?;
     for page in 0..64 {
         back.expect(page, seed(192 + page), "memory that was moved there and back")?;
@@ -282,10 +284,13 @@ fn touched_by_all_threads(checkpoint: &Checkpoint) -> Result<(), String> {
         pages.word(page).store(page as u32 * 100, SeqCst);
     }
     let addresses: Vec<usize> = (0..COUNT).map(|page| std::ptr::from_ref(pages.word(page)) as usize).collect();
+    // As they will be, before the tree is looked at.
+    let started = std::sync::Arc::new(std::sync::Barrier::new(THREADS + 1));
     let threads: Vec<_> = (0..THREADS)
         .map(|thread| {
-            let (addresses, checkpoint) = (addresses.clone(), checkpoint.clone());
+            let (addresses, checkpoint, started) = (addresses.clone(), checkpoint.clone(), started.clone());
             std::thread::spawn(move || {
+                started.wait();
                 checkpoint.wait_for_go()?;
                 for turn in 0..COUNT {
                     // All of them begin at other pages, and each page is some thread's first.
@@ -298,6 +303,7 @@ fn touched_by_all_threads(checkpoint: &Checkpoint) -> Result<(), String> {
             })
         })
         .collect();
+    started.wait();
     checkpoint.ready()?;
     for thread in threads {
         thread.join().map_err(|_| "a thread panicked".to_string())??;
