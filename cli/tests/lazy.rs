@@ -175,3 +175,42 @@ fn its_options_are_of_no_use_to_others() {
         outcome.assert_error(BAD_USAGE, &["--backend userfault"]);
     }
 }
+
+/// Shared memory that only mappings lead to follows like private memory; what a descriptor leads to is there before.
+#[test]
+fn shared_memory_follows_too() {
+    const SHARED: &str = r#"
+import mmap, os, time
+shared = mmap.mmap(-1, 16 << 20)
+file = os.memfd_create("reachable")
+os.ftruncate(file, 16 << 20)
+reachable = mmap.mmap(file, 16 << 20)
+for memory in shared, reachable:
+    for at in range(0, len(memory), 4096):
+        memory[at:at + 8] = at.to_bytes(8, "little")
+open("ready", "w").close()
+while not os.path.exists("check-1"):
+    open("beat", "w").close()
+    time.sleep(0.002)
+good = all(int.from_bytes(os.pread(file, 8, at), "little") == at for at in range(0, 16 << 20, 4096))
+good = good and all(int.from_bytes(shared[at:at + 8], "little") == at for at in range(0, len(shared), 4096))
+open("checked-1", "w").write("good" if good else "bad")
+"#;
+    let workshop = Workshop::new();
+    let mut program = Companion::python(SHARED, workshop.path());
+    wait_until("the program is ready", || workshop.path().join("ready").exists());
+    let pid = program.pid();
+    run(&mut dump(pid, &workshop.image(), &[])).assert_done();
+    end_of(&mut program.0);
+    let beat = || fs::metadata(workshop.path().join("beat")).and_then(|found| found.modified()).ok();
+    let before = beat();
+    let running = start(&mut restore(&workshop, &["--no-sweep"]));
+    wait_until("it runs", || beat() != before);
+    let smaps = ProcDir::open(pid).and_then(|proc| proc.read("smaps")).unwrap();
+    let all = ckpt_core::procfs::Mapping::parse_all(&smaps).unwrap();
+    let large = |name: &str| all.iter().find(|it| it.shared && it.name.to_string_lossy().contains(name)).unwrap();
+    assert!(large("/dev/zero").has("um"), "it follows");
+    assert!(!large("reachable").has("um"), "it was there before");
+    check(&workshop, 1);
+    assert_eq!(running.wait().code(), Some(0));
+}

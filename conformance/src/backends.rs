@@ -49,7 +49,7 @@ fn token() -> Token {
 
 fn from_server(image: &str) -> Options {
     let (address, image) = (ADDRESS.to_string(), image.to_string());
-    let pages_from = Some(PagesFrom { address, image, token: token(), patience: Duration::from_secs(10) });
+    let pages_from = Some(PagesFrom { address, image, credentials: token().into(), patience: Duration::from_secs(10) });
     Options { eager_pages: 0, pages_from, ..Options::default() }
 }
 
@@ -88,7 +88,7 @@ fn start_server(directory: &Path) -> Result<(), String> {
             let _ = nix::sys::prctl::set_name(&std::ffi::CString::new(SERVER).expect("no NUL"));
             // Not of the session of whoever restores, and with a parent that outlives that.
             let _ = nix::unistd::setsid();
-            match PageServer::listen(directory, ADDRESS, token()) {
+            match PageServer::listen(directory, ADDRESS, token().into()) {
                 Ok(server) => server.serve(|trouble| eprintln!("page server: {trouble}")),
                 Err(why) => {
                     eprintln!("page server: {why}");

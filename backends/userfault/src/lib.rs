@@ -42,6 +42,7 @@ use ckpt_core::{Backend, Capability, Image, inventory, resource};
 
 pub use figures::{Compared, Figures, Percentiles, Recorded, Sources};
 pub use page_server::Token;
+pub use page_server::channel::{Credentials, Tls};
 pub use page_server::client::{PagesFrom, Stub, fetch, fetch_eager};
 pub use page_server::server::PageServer;
 pub use restorer::{Pager, Told, UserfaultRestorer};

@@ -413,6 +413,16 @@ pub fn keep_only(keep: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
+/// How many bytes of a socket the other side has not confirmed yet (`SIOCOUTQ`, tcp(7)); 0 where that cannot be seen.
+pub fn bytes_unsent(socket: BorrowedFd<'_>) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: writes an integer of ours.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) } {
+        0 => usize::try_from(bytes).unwrap_or(0),
+        _ => 0,
+    }
+}
+
 /// Takes our nice value down by so much.
 pub fn raise_priority(by: i32) {
     // SAFETY: no memory is passed.
