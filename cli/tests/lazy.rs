@@ -142,6 +142,11 @@ fn a_recorded_working_set_saves_the_faults_of_the_next_time() {
 
     let plain = restored(&["--no-sweep"], 1, &|| {});
     assert!(number(&plain, "/faults") > 4096.0, "{plain}");
+    // What the dump has guessed is a few pages, and each is one that is wanted.
+    assert_eq!(plain["working_set_guessed"], true, "{plain}");
+    let none = restored(&["--no-sweep", "--ignore-working-set"], 1, &|| {});
+    let (guessed, saved) = (number(&plain, "/pages/working_set"), number(&none, "/faults") - number(&plain, "/faults"));
+    assert!(guessed > 0.0 && guessed < 1000.0 && saved > 0.0, "{plain} {none}");
     let recorded = restored(&["--record-working-set"], 1, &|| {
         run(ckpt(["working-set", "stop", "-D"]).arg(workshop.image())).assert_done();
     });
@@ -159,7 +164,7 @@ fn a_recorded_working_set_saves_the_faults_of_the_next_time() {
     bytes[last] ^= 1;
     fs::write(&file, bytes).unwrap();
     let damaged = restored(&["--no-sweep"], 1, &|| {});
-    assert_eq!(number(&damaged, "/pages/working_set"), 0.0, "{damaged}");
+    assert!(number(&damaged, "/pages/working_set") < 1000.0, "{damaged}");
     assert!(damaged["working_set_trouble"].as_str().unwrap().contains("not used"), "{damaged}");
 
     let nothing = run(ckpt(["working-set", "stop", "-D"]).arg(workshop.image()));

@@ -20,8 +20,10 @@
 
 #![deny(unsafe_code)]
 
+mod ahead;
 mod figures;
 mod guardian;
+mod guess;
 mod outstanding;
 mod page_server;
 mod pager;
@@ -41,6 +43,7 @@ use ckpt_core::resource::memory::{Mapping, Memory, Object, ObjectId, ObjectKind,
 use ckpt_core::{Backend, Capability, Image, inventory, resource};
 
 pub use figures::{Compared, Figures, Percentiles, Recorded, Sources};
+pub use guess::leave_first_guess;
 pub use page_server::Token;
 pub use page_server::channel::{Credentials, Tls};
 pub use page_server::client::{PagesFrom, Stub, fetch, fetch_eager};

@@ -1,6 +1,6 @@
 //! The pager: a process of its own that answers the faults of a restored tree, brings in the rest, and ends.
 //!
-//! It has one thread. Between two steps of the background sweep it looks for faults, so it needs no lock between the two,
+//! It has one thread (and one that reads ahead for it, `ahead.rs`). Between two steps of the background sweep it looks for faults, so it needs no lock between the two,
 //! and an answer waits for one step at most. What the tree does to its memory meanwhile (fork, mremap, munmap,
 //! `MADV_DONTNEED`) comes as an event, and whoever did it waits until the event was taken. While it waits, the kernel
 //! refuses to put pages into that address space, so that none can get where it no longer belongs. That is why events are
@@ -393,10 +393,11 @@ impl Pager<'_> {
         let begun = Instant::now();
         let set = match WorkingSet::load(image) {
             Ok(Some(set)) => set,
-            Ok(None) => return Ok(()),
-            Err(why) => {
-                self.figures.working_set_trouble = Some(why);
-                return Ok(());
+            recorded => {
+                self.figures.working_set_trouble = recorded.err();
+                let Some(guess) = WorkingSet::load_guess(image) else { return Ok(()) };
+                self.figures.working_set_guessed = true;
+                guess
             }
         };
         // Where the pages of the page file belong: number, how many, address, space.
@@ -600,8 +601,7 @@ impl Pager<'_> {
 
     /// Puts pages into an address space.
     pub(crate) fn bring(&mut self, index: usize, run: Run, reason: Reason) -> Result<Outcome, String> {
-        let buffer = &mut self.buffer[..run.bytes() as usize];
-        self.source.read(run, buffer)?;
+        let content = self.source.read(run, reason == Reason::Sweep, &mut self.buffer[..run.bytes() as usize])?;
         let mut done = 0;
         // Where the whole does not fit one mapping any more, page by page.
         let mut at_once = run.pages;
@@ -610,7 +610,7 @@ impl Pager<'_> {
             let rest = run.after(done);
             let pages = rest.pages.min(at_once);
             let from = (done * PAGE_SIZE) as usize;
-            let (bytes, obstacle) = space.fault.copy(rest.start, &buffer[from..from + (pages * PAGE_SIZE) as usize]);
+            let (bytes, obstacle) = space.fault.copy(rest.start, &content[from..from + (pages * PAGE_SIZE) as usize]);
             let copied = space.left.take(rest.start, rest.start + bytes);
             done += bytes / PAGE_SIZE;
             match reason {

@@ -485,7 +485,7 @@ impl Source for Remote<'_> {
         Ok(!coming)
     }
 
-    fn read(&mut self, run: Run, buffer: &mut [u8]) -> Result<(), String> {
+    fn read<'b>(&'b mut self, run: Run, _in_order: bool, buffer: &'b mut [u8]) -> Result<&'b [u8], String> {
         for (number, page) in (run.first..).zip(buffer.chunks_exact_mut(PAGE_SIZE as usize)) {
             if self.take(number, page) {
                 continue;
@@ -506,7 +506,7 @@ impl Source for Remote<'_> {
             }
         }
         match self.checksums.first_wrong(run, buffer) {
-            None => Ok(()),
+            None => Ok(buffer),
             Some(page) => {
                 Err(format!("from the page server {}: {}", self.from.address, self.reader.damaged_page(page)))
             }
