@@ -93,6 +93,11 @@ pub fn run(backend: Option<&str>, verb: &Dump) -> anyhow::Result<ExitCode> {
     let mut bar = Bar::new();
     let summary = ckpt_core::dump::dump(&*dumper, verb.pid, &verb.how.options(), after, store, &mut bar)?;
     drop(bar);
+    // A hint for restores whose memory follows: no reason to fail.
+    let guessed = ckpt_formats::open(&verb.directory).map_err(|error| error.to_string());
+    if let Err(why) = guessed.and_then(|image| ckpt_userfault::leave_first_guess(&verb.directory, &*image)) {
+        tracing::info!("{why}");
+    }
     output::tell(&format!(
         "saved process {} ({}, {}, {} of memory) to {} in {}{}",
         verb.pid,
