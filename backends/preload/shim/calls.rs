@@ -30,6 +30,7 @@ pub const GETUID: u64 = 102;
 pub const GETEUID: u64 = 107;
 pub const RT_SIGPENDING: u64 = 127;
 pub const RT_SIGSUSPEND: u64 = 130;
+pub const SIGALTSTACK: u64 = 131;
 pub const ARCH_PRCTL: u64 = 158;
 pub const GETTID: u64 = 186;
 pub const FUTEX: u64 = 202;
