@@ -782,8 +782,8 @@ impl Target for FrozenTarget {
     fn footprint(&self) -> Footprint {
         let (start, size) = self.region;
         let stacks = self.threads.iter().map(|found| found.arrival.stack);
-        let mut mappings = vec![start..start + size as u64];
-        mappings.extend(stacks.map(|stack| stack..stack + HANDLER_STACK as u64));
+        let stacks = stacks.map(|stack| stack..stack + HANDLER_STACK as u64);
+        let mappings = std::iter::once(start..start + size as u64).chain(stacks).collect();
         Footprint { mappings, fds: vec![self.socket], spare_fds: 0, special: Vec::new() }
     }
 
