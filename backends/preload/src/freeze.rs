@@ -54,7 +54,7 @@ pub const START: &str = "start the program with: ckpt run --backend preload -- C
 
 /// Whether a process has the shim, as far as can be seen without asking it: whether it handles the signal, which no
 /// program can do by itself (but one that cancels threads).
-pub fn has_shim(status: &Status) -> bool {
+pub fn handles_signal(status: &Status) -> bool {
     status.mask("SigCgt").is_some_and(|caught| caught >> (SIGNAL - 1) & 1 == 1)
 }
 
@@ -90,7 +90,7 @@ pub fn validate(root: Pid) -> Result<(), DumpError> {
             Err(_) => break,
         };
     }
-    if !has_shim(&status) {
+    if !handles_signal(&status) {
         return refuse("it was not started with the shim, so nothing in it listens to ckpt", START);
     }
     Ok(())
@@ -292,7 +292,7 @@ impl Meeting {
         while Instant::now() < end {
             // One that has ended is looked at again by whoever is next.
             match process.proc.status() {
-                Ok(status) if !has_shim(&status) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(status) if !handles_signal(&status) => std::thread::sleep(Duration::from_millis(1)),
                 Ok(_) => return Ok(()),
                 Err(error) => return Err(gone(pid, error)),
             }
@@ -487,7 +487,7 @@ struct Greeted {
 /// What can be seen beforehand to have no answer.
 fn refuse_unreachable(pid: Pid, proc: &ProcDir, stat: &Stat) -> Result<(), DumpError> {
     let status = proc.status().map_err(|error| gone(pid, error))?;
-    if !has_shim(&status) {
+    if !handles_signal(&status) {
         let name = String::from_utf8_lossy(&stat.comm).into_owned();
         let why = format!(
             "it ({name}) runs without the shim: it is statically linked, has other privileges, or has just been started"

@@ -12,6 +12,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod find;
 mod freeze;
 mod frozen;
 mod ids;
