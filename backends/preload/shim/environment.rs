@@ -98,16 +98,16 @@ impl Prepared {
                 }
                 self.memory.cast::<*const u8>()
             };
-            let mut at = append(&mut self.descriptor, 0, DESCRIPTOR_VARIABLE);
-            append_number(&mut self.descriptor, at, self.fd as u64);
-            at = append(&mut self.preload, 0, PRELOAD);
-            at = append(&mut self.preload, at, PRELOAD_PREFIX);
-            at = append_number(&mut self.preload, at, self.fd as u64);
+            let mut at = calls::append(&mut self.descriptor, 0, DESCRIPTOR_VARIABLE);
+            calls::append_number(&mut self.descriptor, at, self.fd as u64);
+            at = calls::append(&mut self.preload, 0, PRELOAD);
+            at = calls::append(&mut self.preload, at, PRELOAD_PREFIX);
+            at = calls::append_number(&mut self.preload, at, self.fd as u64);
             if !theirs.is_null() && *theirs != 0 {
                 let length = calls::length(theirs);
                 if at + length + 2 < self.preload.len() {
-                    at = append(&mut self.preload, at, b":");
-                    append(&mut self.preload, at, core::slice::from_raw_parts(theirs, length));
+                    at = calls::append(&mut self.preload, at, b":");
+                    calls::append(&mut self.preload, at, core::slice::from_raw_parts(theirs, length));
                 }
             }
             *list = self.descriptor.as_ptr();
@@ -143,31 +143,6 @@ impl Prepared {
             }
         }
     }
-}
-
-fn append(to: &mut [u8], at: usize, text: &[u8]) -> usize {
-    let mut n = 0;
-    while n < text.len() && at + n + 1 < to.len() {
-        to[at + n] = text[n];
-        n += 1;
-    }
-    to[at + n] = 0;
-    at + n
-}
-
-fn append_number(to: &mut [u8], at: usize, number: u64) -> usize {
-    let mut digits = [0u8; 20];
-    let mut n = digits.len();
-    let mut left = number;
-    loop {
-        n -= 1;
-        digits[n] = b'0' + (left % 10) as u8;
-        left /= 10;
-        if left == 0 {
-            break;
-        }
-    }
-    append(to, at, &digits[n..])
 }
 
 /// The shim in a memfd that outlives an exec, with a high number.

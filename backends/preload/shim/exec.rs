@@ -17,7 +17,7 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::calls::{self, sys};
 use crate::environment::{Prepared, hold_signal};
-use crate::unprotected::warn_of;
+use crate::unprotected::{File, warn_of, warn_of_found};
 use crate::{freeze, start};
 
 pub type Text = *const u8;
@@ -73,6 +73,24 @@ macro_rules! real {
     }};
 }
 
+/// A variable of the process's own environment, by its name with `=`.
+///
+/// # Safety
+/// `environ` is what libc says.
+pub unsafe fn variable(name: &[u8]) -> Option<Text> {
+    // SAFETY: an environment ends in a null pointer.
+    unsafe {
+        let mut place = environ;
+        while !place.is_null() && !(*place).is_null() {
+            if calls::begins_with(*place, name) {
+                return Some((*place).add(name.len()));
+            }
+            place = place.add(1);
+        }
+    }
+    None
+}
+
 /// Becomes another program: only a failure comes back. The shim's signal waits until its handler is there again.
 unsafe fn exec_with(envp: List, exec: impl FnOnce(List) -> i32) -> i32 {
     // SAFETY: as the caller of the function that is wrapped has to see to.
@@ -119,7 +137,7 @@ pub unsafe extern "C" fn execve(path: Text, argv: List, envp: List) -> i32 {
     // SAFETY: as the caller of execve has to see to.
     unsafe {
         exec_with(envp, |list| {
-            warn_of(path, list);
+            warn_of(File::at(path), list);
             let result = sys!(calls::EXECVE, path, argv, list);
             *__errno_location() = -result as i32;
             -1
@@ -136,7 +154,12 @@ pub unsafe extern "C" fn execv(path: Text, argv: List) -> i32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn execvpe(file: Text, argv: List, envp: List) -> i32 {
     // SAFETY: as the caller of execvpe has to see to.
-    unsafe { exec_with(envp, |list| real!(EXECVPE, unsafe extern "C" fn(Text, List, List) -> i32)(file, argv, list)) }
+    unsafe {
+        exec_with(envp, |list| {
+            warn_of_found(file, list);
+            real!(EXECVPE, unsafe extern "C" fn(Text, List, List) -> i32)(file, argv, list)
+        })
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -148,7 +171,12 @@ pub unsafe extern "C" fn execvp(file: Text, argv: List) -> i32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fexecve(fd: i32, argv: List, envp: List) -> i32 {
     // SAFETY: as the caller of fexecve has to see to.
-    unsafe { exec_with(envp, |list| real!(FEXECVE, unsafe extern "C" fn(i32, List, List) -> i32)(fd, argv, list)) }
+    unsafe {
+        exec_with(envp, |list| {
+            warn_of(File::open_already(fd), list);
+            real!(FEXECVE, unsafe extern "C" fn(i32, List, List) -> i32)(fd, argv, list)
+        })
+    }
 }
 
 type ExecveAt = unsafe extern "C" fn(i32, Text, List, List, i32) -> i32;
@@ -156,14 +184,19 @@ type ExecveAt = unsafe extern "C" fn(i32, Text, List, List, i32) -> i32;
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn execveat(fd: i32, path: Text, argv: List, envp: List, flags: i32) -> i32 {
     // SAFETY: as the caller of execveat has to see to.
-    unsafe { exec_with(envp, |list| real!(EXECVEAT, ExecveAt)(fd, path, argv, list, flags)) }
+    unsafe {
+        exec_with(envp, |list| {
+            warn_of(File { directory: fd, path, flags }, list);
+            real!(EXECVEAT, ExecveAt)(fd, path, argv, list, flags)
+        })
+    }
 }
 
 type Spawn = unsafe extern "C" fn(*mut i32, Text, *const u8, *const u8, List, List) -> i32;
 
 /// Two functions that differ in how they look for the file.
 macro_rules! spawn {
-    ($name:ident, $real:ident) => {
+    ($name:ident, $real:ident, $warn:expr) => {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(
             pid: *mut i32,
@@ -174,12 +207,17 @@ macro_rules! spawn {
             envp: List,
         ) -> i32 {
             // SAFETY: as the caller of posix_spawn has to see to.
-            unsafe { spawn_with(envp, |list| real!($real, Spawn)(pid, path, actions, attributes, argv, list)) }
+            unsafe {
+                spawn_with(envp, |list| {
+                    $warn(path, list);
+                    real!($real, Spawn)(pid, path, actions, attributes, argv, list)
+                })
+            }
         }
     };
 }
-spawn!(posix_spawn, POSIX_SPAWN);
-spawn!(posix_spawnp, POSIX_SPAWNP);
+spawn!(posix_spawn, POSIX_SPAWN, |path, list| warn_of(File::at(path), list));
+spawn!(posix_spawnp, POSIX_SPAWNP, |path, list| warn_of_found(path, list));
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn system(command: Text) -> i32 {

@@ -19,7 +19,8 @@ use ckpt_conformance::visible::{Visible, numbers};
 use ckpt_conformance::worker::{BOARD, Board, WINDOW};
 use ckpt_core::{Backend, registry};
 
-const USAGE: &str = "usage: ckpt-crash-trials [--backend NAME] [--trials N] [--restore-trials N] [--seed N] [--ckpt FILE]
+const USAGE: &str =
+    "usage: ckpt-crash-trials [--backend NAME] [--trials N] [--restore-trials N] [--seed N] [--ckpt FILE]
 
 Kills ckpt in N dumps and, unless said otherwise, in as many restores. --backend is ptrace, or another that does both;
 --ckpt is the program, else the one beside this.";
