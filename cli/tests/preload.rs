@@ -233,6 +233,113 @@ fn a_tree_with_a_static_program_is_refused_as_long_as_that_runs() {
     wait_until("it goes on", || last_number(workshop.path()) > begun);
 }
 
+/// Starts a Python program in the background with the shim.
+fn start_python(workshop: &Workshop, program: &str) -> Ended {
+    let mut command = preload(["run", "-d", "-o", "output", "--", "/usr/bin/python3", "-c", program]);
+    adopt_orphans();
+    let outcome = run(command.current_dir(workshop.path()));
+    outcome.assert_done();
+    Ended(Pid(outcome.out.trim().parse().unwrap()))
+}
+
+fn says(workshop: &Workshop, word: &str) {
+    wait_until(word, || fs::read_to_string(workshop.path().join("output")).unwrap_or_default().contains(word));
+}
+
+/// By a system call instruction of its own: neither libc nor the shim has a say in it.
+const BLOCKS_ALL: &str = r#"
+import ctypes, mmap, os, struct, time
+code = mmap.mmap(-1, 4096, prot=7)
+mask = ctypes.c_uint64(0xffffffffffffffff)
+# rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
+code.write(b"\x48\xbe" + struct.pack("<Q", ctypes.addressof(mask)) +
+    b"\xbf\x02\0\0\0\x31\xd2\x41\xba\x08\0\0\0\xb8\x0e\0\0\0\x0f\x05\xc3")
+call = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+if call() == 0:
+    print("blocked", flush=True)
+while not os.path.exists("let-in"):
+    time.sleep(0.001)
+mask.value = 0
+call()
+print("let in", flush=True)
+while True:
+    time.sleep(0.001)
+"#;
+
+#[test]
+fn a_thread_that_blocks_every_signal_is_named() {
+    let workshop = Workshop::new();
+    let root = start_python(&workshop, BLOCKS_ALL);
+    says(&workshop, "blocked");
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
+    run(&mut dump).assert_error(REFUSED, &["thread", &pid, "blocks every signal"]);
+    workshop.assert_no_image();
+    // What was asked in vain does not come back to it when it lets signals in.
+    fs::write(workshop.path().join("let-in"), "").unwrap();
+    says(&workshop, "let in");
+    run(&mut dump).assert_done();
+}
+
+/// posix_spawn waits for its child in the kernel, without a signal being able to change that.
+const HANGS: &str = r#"
+import os, time
+os.mkfifo("fifo")
+print("hangs", flush=True)
+pid = os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, "fifo", os.O_RDONLY, 0)])
+print("status", os.waitpid(pid, 0)[1], flush=True)
+while True:
+    time.sleep(0.001)
+"#;
+
+#[test]
+fn a_hung_call_is_named_when_the_time_is_over() {
+    let workshop = Workshop::new();
+    let root = start_python(&workshop, HANGS);
+    let state = || ckpt_core::procfs::ProcDir::open(root.0).unwrap().stat_line().unwrap().state;
+    wait_until("it hangs", || state() == 'D');
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
+    run(&mut dump).assert_error(FAILED, &[&pid, "did not stop", "state D", "--timeout"]);
+    workshop.assert_no_image();
+    drop(fs::OpenOptions::new().write(true).open(workshop.path().join("fifo")).unwrap());
+    says(&workshop, "status 0");
+    fs::remove_file(workshop.path().join("fifo")).unwrap();
+    run(&mut dump).assert_done();
+}
+
+/// Another version of the shim is made from this one: the number that tells them apart stands in its code.
+#[test]
+fn a_shim_of_another_version_is_named() {
+    let workshop = Workshop::new();
+    let mut program = fs::read(CKPT).unwrap();
+    // `protocol::MAGIC` without its last byte, the version.
+    let places: Vec<usize> =
+        program.windows(8).enumerate().filter(|(_, word)| word[1..] == *b"mhstpkc").map(|(at, _)| at).collect();
+    assert!(places.len() >= 2, "in the shim and in the driver");
+    for at in places {
+        program[at] = 0x7f;
+    }
+    let other = workshop.path().join("other-ckpt");
+    fs::write(&other, program).unwrap();
+    fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = std::process::Command::new(&other);
+    command.args(["--backend", "preload", "run", "-d", "-o", "output", "--", "/bin/bash", "-c", COUNT]);
+    adopt_orphans();
+    let outcome = run(command.current_dir(workshop.path()).stdin(std::process::Stdio::null()));
+    outcome.assert_done();
+    let root = Ended(Pid(outcome.out.trim().parse().unwrap()));
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let arguments = ["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()];
+    run(&mut preload(arguments)).assert_error(REFUSED, &[&pid, "shim of another version"]);
+    workshop.assert_no_image();
+    let begun = last_number(workshop.path());
+    wait_until("it goes on", || last_number(workshop.path()) > begun);
+    run(std::process::Command::new(&other).args(["--backend", "preload"]).args(arguments)).assert_done();
+    assert!(numbers_are_in_order(workshop.path()));
+}
+
 #[test]
 fn a_killed_dump_leaves_the_program_as_it_was() {
     let workshop = Workshop::new();

@@ -22,9 +22,15 @@ pub unsafe extern "C" fn syscall() -> i64 {
         "je 4f",
         "cmp edi, 322", // execveat
         "je 5f",
+        // The number stays on the stack: the handler of a signal finds it there (`number_at`).
+        "push rdi",
         "mov rax, rdi", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov r10, r8", "mov r8, r9",
-        "mov r9, [rsp + 8]",
+        "mov r9, [rsp + 16]",
         "syscall",
+        ".globl ckpt_after_call",
+        ".hidden ckpt_after_call",
+        "ckpt_after_call:",
+        "lea rsp, [rsp + 8]",
         "cmp rax, -4095",
         "jae 9f",
         "ret",
@@ -41,6 +47,20 @@ pub unsafe extern "C" fn syscall() -> i64 {
         execve = sym execve_by_number,
         execveat = sym execveat_by_number,
     )
+}
+
+unsafe extern "C" {
+    /// The instruction after the system call above.
+    static ckpt_after_call: u8;
+}
+
+/// The number of the call that a thread has made by [`syscall`], if that is where it is.
+///
+/// # Safety
+/// The instruction and the stack pointer are a thread's.
+pub unsafe fn number_at(instruction: u64, stack: u64) -> Option<u64> {
+    // SAFETY: at that instruction it lies on top of the stack.
+    unsafe { if instruction == &raw const ckpt_after_call as u64 { Some(*(stack as *const u64)) } else { None } }
 }
 
 /// The error of a call, as libc gives it.

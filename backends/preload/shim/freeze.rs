@@ -19,6 +19,7 @@ use crate::protocol::{
     Arrival, HANDLER_STACK, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT,
     nonce_of_process, socket_name,
 };
+use crate::by_number;
 use crate::start::{self, HAS_RSEQ, RSEQ_OFFSET};
 
 /// The freeze that is going on: its nonce and one of the states below, or 0. In a restored process it tells of the
@@ -172,6 +173,8 @@ unsafe extern "C" fn answer(info: *const i32, context: *mut u64, stack: u64) {
         } else {
             freeze(0, nonce_of_process(sys!(calls::GETPID, 0) as i32), context, stack);
         }
+        // The driver went away before the thread had come: it has seen nothing of that either.
+        go_on(context, interrupted_call(context));
     }
 }
 
@@ -394,6 +397,7 @@ const RDX: usize = 17;
 const R10: usize = 7;
 const RAX: usize = 18;
 const RCX: usize = 19;
+const RSP: usize = 20;
 const RIP: usize = 21;
 const MASK: usize = 37;
 
@@ -402,6 +406,17 @@ const GIVE_EINTR: [u16; 31] = [
     0, 1, 7, 19, 20, 23, 34, 35, 42, 43, 44, 45, 46, 47, 65, 69, 70, 128, 130, 202, 208, 220, 230, 232, 270, 271, 281,
     288, 299, 307, 441,
 ];
+
+fn gives_eintr(number: u32) -> bool {
+    let mut n = 0;
+    while n < GIVE_EINTR.len() {
+        if GIVE_EINTR[n] as u32 == number {
+            return true;
+        }
+        n += 1;
+    }
+    false
+}
 
 /// The number of the call that gave EINTR because of our signal.
 ///
@@ -414,6 +429,9 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
         if *context.add(RAX) as i64 != -calls::EINTR || *context.add(RCX) != rip {
             return NO_CALL;
         }
+        if let Some(number) = by_number::number_at(rip, *context.add(RSP)) {
+            return if gives_eintr(number as u32) { number as i64 } else { NO_CALL };
+        }
         let code = rip - 2;
         if *(code as *const u8) != 0x0f || *((code + 1) as *const u8) != 0x05 {
             return NO_CALL;
@@ -424,12 +442,8 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
             // mov $N, %eax
             if *(at as *const u8) == 0xb8 {
                 let number = (at as *const u8).add(1).cast::<u32>().read_unaligned();
-                let mut n = 0;
-                while n < GIVE_EINTR.len() {
-                    if GIVE_EINTR[n] as u32 == number {
-                        return number as i64;
-                    }
-                    n += 1;
+                if gives_eintr(number) {
+                    return number as i64;
                 }
             }
             at -= 1;
@@ -476,9 +490,7 @@ unsafe extern "C" fn leave(leave: *const Leave) -> ! {
     unsafe {
         let Leave { context, stack, lane, arrival, host } = leave.read();
         let interrupted = (&raw const (*arrival).interrupted).read_volatile();
-        if interrupted >= 0 && !is_signalled(context) {
-            wind_back(context, interrupted as u64);
-        }
+        go_on(context, interrupted);
         if host {
             let session = SESSION.load(Ordering::SeqCst);
             set_session(session & !0xffff_ffff | CLOSING);
@@ -522,6 +534,16 @@ unsafe fn is_signalled(context: *const u64) -> bool {
         }
     }
     false
+}
+
+/// Before a thread goes on where it was: a call that was interrupted by nothing but our signal goes on, too.
+unsafe fn go_on(context: *mut u64, interrupted: i64) {
+    // SAFETY: a ucontext of the kernel.
+    unsafe {
+        if interrupted >= 0 && !is_signalled(context) {
+            wind_back(context, interrupted as u64);
+        }
+    }
 }
 
 /// Has a call that was interrupted run again, with the time that was left where the kernel has told it.

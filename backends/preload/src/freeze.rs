@@ -251,7 +251,7 @@ impl Meeting {
                 let index = threads.len();
                 let Asked { tid, call } = &asked[index];
                 let thread = lane(index);
-                let arrived = index == 0 || self.wait_for(&process, pid, *tid, &thread)?;
+                let arrived = index == 0 || self.wait_for(&process, *tid, &thread)?;
                 threads.push(arrived.then(|| come(*tid, thread, index == 0, &channel, call.as_ref())));
             }
             let now = tids(&process)?;
@@ -436,7 +436,7 @@ impl Meeting {
     }
 
     /// Waits for a thread to be in its lane; false if it ended instead.
-    fn wait_for(&self, process: &Process, pid: Pid, tid: Pid, lane: &Channel) -> Result<bool, DumpError> {
+    fn wait_for(&self, process: &Process, tid: Pid, lane: &Channel) -> Result<bool, DumpError> {
         let mut looks = 0;
         loop {
             if lane.has_arrived() {
@@ -456,11 +456,7 @@ impl Meeting {
                 _ => {}
             }
             if Instant::now() > self.deadline {
-                return Err(DumpError::FreezeTimedOut {
-                    pid,
-                    seconds: self.timeout.as_secs(),
-                    state: state.unwrap_or('?'),
-                });
+                return Err(self.silent(process, tid, state.unwrap_or('?')));
             }
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -475,7 +471,20 @@ impl Meeting {
         if stat.state == 'Z' && stat.num_threads <= 1 {
             return Ok(Stopped::Zombie(Zombie { task: task(pid, &stat), status: stat.exit_code }));
         }
-        Err(DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state: stat.state })
+        Err(self.silent(process, pid, stat.state))
+    }
+
+    /// A thread that did not come in time: why, as far as can be seen.
+    ///
+    /// Not seen at once, as the shim itself holds the signal back while one program becomes another.
+    fn silent(&self, process: &Process, tid: Pid, state: char) -> DumpError {
+        let pid = process.proc.pid();
+        let blocked = process.proc.thread_status(tid).ok().and_then(|status| status.mask("SigBlk")).unwrap_or(0);
+        if state != 'D' && blocked >> (SIGNAL - 1) & 1 == 1 {
+            let why = format!("thread {tid} blocks every signal, that of the shim ({SIGNAL}) as well");
+            return refusal(pid, "tasks", &why, "try again when it lets them in, or use --backend ptrace");
+        }
+        DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state }
     }
 }
 
