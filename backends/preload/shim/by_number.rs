@@ -1,4 +1,4 @@
-//! `syscall(2)`: calls by number that the shim would wrap by name, and masks that would block its signal.
+//! `syscall(2)`: calls by number that the shim would wrap by name, and masks and actions that would take its signal away.
 
 use core::arch::naked_asm;
 
@@ -6,12 +6,16 @@ use crate::altstack;
 use crate::calls::{self, sys};
 use crate::environment::OURS;
 use crate::exec::{self, List, Text, execve, execveat};
+use crate::freeze::{self, Action};
+use crate::protocol::SIGNAL;
 
 /// `syscall(2)`: what is not for the shim goes on to libc.
 #[unsafe(no_mangle)]
 #[unsafe(naked)]
 pub unsafe extern "C" fn syscall() -> i64 {
     naked_asm!(
+        "cmp edi, 13", // rt_sigaction
+        "je 12f",
         "cmp edi, 14", // rt_sigprocmask
         "je 2f",
         "cmp edi, 130", // rt_sigsuspend
@@ -40,7 +44,9 @@ pub unsafe extern "C" fn syscall() -> i64 {
         "4:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "jmp {execve}",
         "5:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov rcx, r8", "mov r8, r9", "jmp {execveat}",
         "6:", "mov rdi, rsi", "mov rsi, rdx", "jmp {altstack}",
+        "12:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov rcx, r8", "jmp {action}",
         failed = sym failed,
+        action = sym change_action,
         altstack = sym altstack_by_number,
         mask = sym change_mask,
         suspend = sym suspend,
@@ -118,6 +124,26 @@ unsafe extern "C" fn change_mask(how: u64, set: *const u64, before: *mut u64, si
             *before |= old * OURS;
         }
         result
+    }
+}
+
+/// The action of the shim's signal, which a program can set by number only, stays the shim's: the program's own runs for
+/// signals that are not ours, with all others blocked, and is what the program sees.
+unsafe extern "C" fn change_action(signal: u64, new: *const Action, old: *mut Action, size: u64) -> i64 {
+    // SAFETY: the caller's structures, if they have the size that the kernel wants.
+    unsafe {
+        if signal as i32 != SIGNAL || size != 8 {
+            let result = sys!(calls::RT_SIGACTION, signal, new, old, size);
+            return if result < 0 { failed(result) } else { result };
+        }
+        let before = freeze::others();
+        if !new.is_null() {
+            freeze::set_others(&*new);
+        }
+        if !old.is_null() {
+            *old = before;
+        }
+        0
     }
 }
 

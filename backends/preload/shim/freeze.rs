@@ -36,12 +36,12 @@ static CHANGES: AtomicU32 = AtomicU32::new(0);
 static BASE: AtomicU64 = AtomicU64::new(0);
 static SIZE: AtomicU64 = AtomicU64::new(0);
 
-/// The action that the signal had before: glibc's, in a program that cancels threads.
-static OTHERS: AtomicU64 = AtomicU64::new(0);
+/// The action that the signal would have without us, word by word: glibc's, in a program that cancels threads.
+static OTHERS: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
 
 /// `struct sigaction` of the kernel.
 #[repr(C)]
-struct Action {
+pub struct Action {
     handler: u64,
     flags: u64,
     restorer: u64,
@@ -52,6 +52,20 @@ const SA_SIGINFO: u64 = 4;
 const SA_ONSTACK: u64 = 0x0800_0000;
 const SA_RESTART: u64 = 0x1000_0000;
 const SA_RESTORER: u64 = 0x0400_0000;
+
+/// What the program believes that the signal does: it never gets away from us, and what is not ours goes there.
+pub fn others() -> Action {
+    let [handler, flags, restorer, mask] = &OTHERS;
+    let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    Action { handler: word(handler), flags: word(flags), restorer: word(restorer), mask: word(mask) }
+}
+
+pub fn set_others(action: &Action) {
+    let words = [action.handler, action.flags, action.restorer, action.mask];
+    for (place, word) in OTHERS.iter().zip(words) {
+        place.store(word, Ordering::Relaxed);
+    }
+}
 
 #[unsafe(naked)]
 unsafe extern "C" fn restorer() {
@@ -74,7 +88,7 @@ pub unsafe fn take_signal() {
     unsafe {
         sys!(calls::RT_SIGACTION, SIGNAL, &raw const ours, &raw mut before, 8);
         if before.handler != ours.handler && before.handler > 1 {
-            OTHERS.store(before.handler, Ordering::Relaxed);
+            set_others(&before);
         }
         // Whoever started us may have blocked it.
         let only = 1u64 << (SIGNAL - 1);
@@ -145,8 +159,8 @@ unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
 
 /// A signal that is not ours goes to who had it before.
 unsafe extern "C" fn pass_on(signal: i32, info: *mut i32, context: *mut u64) {
-    let others = OTHERS.load(Ordering::Relaxed);
-    if others != 0 {
+    let others = others().handler;
+    if others > 1 {
         // SAFETY: what was installed as a handler of this kind.
         unsafe {
             let handler: Handler = core::mem::transmute(others);
