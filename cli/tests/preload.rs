@@ -296,8 +296,9 @@ while True:
 fn a_hung_call_is_named_when_the_time_is_over() {
     let workshop = Workshop::new();
     let root = start_python(&workshop, HANGS);
-    let state = || ckpt_core::procfs::ProcDir::open(root.0).unwrap().stat_line().unwrap().state;
-    wait_until("it hangs", || state() == 'D');
+    says(&workshop, "hangs");
+    let proc = ckpt_core::procfs::ProcDir::open(root.0).unwrap();
+    wait_until("it hangs", || !proc.children().unwrap().is_empty() && proc.stat_line().unwrap().state == 'D');
     let (pid, image) = (root.0.to_string(), workshop.image());
     let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
     run(&mut dump).assert_error(FAILED, &[&pid, "did not stop", "state D", "--timeout"]);

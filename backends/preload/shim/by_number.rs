@@ -14,8 +14,11 @@ use crate::protocol::SIGNAL;
 #[unsafe(naked)]
 pub unsafe extern "C" fn syscall() -> i64 {
     naked_asm!(
-        "cmp edi, 13", // rt_sigaction
+        "cmp edi, 13", // rt_sigaction, of the shim's signal
+        "jne 13f",
+        "cmp esi, {signal}",
         "je 12f",
+        "13:",
         "cmp edi, 14", // rt_sigprocmask
         "je 2f",
         "cmp edi, 130", // rt_sigsuspend
@@ -46,6 +49,7 @@ pub unsafe extern "C" fn syscall() -> i64 {
         "6:", "mov rdi, rsi", "mov rsi, rdx", "jmp {altstack}",
         "12:", "mov rdi, rsi", "mov rsi, rdx", "mov rdx, rcx", "mov rcx, r8", "jmp {action}",
         failed = sym failed,
+        signal = const SIGNAL,
         action = sym change_action,
         altstack = sym altstack_by_number,
         mask = sym change_mask,
@@ -129,12 +133,12 @@ unsafe extern "C" fn change_mask(how: u64, set: *const u64, before: *mut u64, si
 
 /// The action of the shim's signal, which a program can set by number only, stays the shim's: the program's own runs for
 /// signals that are not ours, with all others blocked, and is what the program sees.
-unsafe extern "C" fn change_action(signal: u64, new: *const Action, old: *mut Action, size: u64) -> i64 {
+unsafe extern "C" fn change_action(_signal: u64, new: *const Action, old: *mut Action, size: u64) -> i64 {
+    const EINVAL: i64 = 22;
     // SAFETY: the caller's structures, if they have the size that the kernel wants.
     unsafe {
-        if signal as i32 != SIGNAL || size != 8 {
-            let result = sys!(calls::RT_SIGACTION, signal, new, old, size);
-            return if result < 0 { failed(result) } else { result };
+        if size != 8 {
+            return failed(-EINVAL);
         }
         let before = freeze::others();
         if !new.is_null() {

@@ -33,6 +33,16 @@ fn start_pausing() -> Result<libc::pthread_t, String> {
         unsafe { std::mem::transmute(pause as *const ()) };
     // SAFETY: the identifier is written before it is used.
     equal("pthread_create", 0, unsafe { libc::pthread_create(&mut thread, null(), start, null_mut()) })?;
+    // While it starts, the C library has it block all signals.
+    eventually("the thread waits", || {
+        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let status = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        let waiting = |status: &String| {
+            let has = |line: &str| status.lines().any(|found| found == line);
+            has("SigBlk:\t0000000000000000") && has("State:\tS (sleeping)")
+        };
+        tasks.map(status).filter(waiting).count() == 1
+    })?;
     Ok(thread)
 }
 
