@@ -82,6 +82,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 pub fn run(backend: Option<&str>, verb: &Dump) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
+    let backend = backend.or_else(|| backends::for_process(verb.pid));
     let dumper = backends::dumper(backend)?;
     sys::interrupt_on_signals();
     let store = ckpt_formats::create(&verb.directory)?;

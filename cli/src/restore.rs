@@ -245,6 +245,10 @@ impl Chore for Listening {
         self.pager = None;
         Ok(())
     }
+
+    fn take(&mut self, _signal: i32) -> Option<Option<ExitCode>> {
+        None
+    }
 }
 
 /// The figures of a lazy restore in a line.
@@ -341,7 +345,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
         };
     };
     let mut listening = Listening { pager };
-    supervise::wait(root, signals, terminal.as_ref(), Some(&mut listening))
+    supervise::wait(root, signals, terminal.as_ref(), &mut [&mut listening])
 }
 
 /// Right after a dump the processes that it ended may not have been waited for, and still have their ids: init, which
