@@ -59,9 +59,8 @@ pub fn restore(backend: &Backend, case: &Case, image: &Path, ordinary: bool) -> 
     let dir = image.parent().expect("a trial's directory");
     let options = RestoreOptions { shell_job: case.shell_job, detach: true, ..RestoreOptions::default() };
     drive(dir, ordinary, || {
-        let restorer = backend.restorer.ok_or("it has no restorer")?();
-        let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
-        let restored = ckpt_core::restore::restore(&*restorer, &*reader, &options, &mut Silent)
+        let opened = crate::backends::open(backend, image)?;
+        let restored = ckpt_core::restore::restore(&*opened.restorer, &*opened.reader, &options, &mut Silent)
             .map_err(|error| error.to_string())?;
         fs::write(dir.join(ROOT), restored.to_string()).map_err(|error| error.to_string())
     })?;

@@ -23,6 +23,17 @@ impl Image {
         for file in &mut self.files {
             rename_file(file, name);
         }
+        for segment in &mut self.sysvipc.segments {
+            segment.creator = name(segment.creator);
+        }
+        for set in &mut self.sysvipc.semaphores {
+            set.semaphores.iter_mut().for_each(|semaphore| semaphore.last = name(semaphore.last));
+            set.undo.iter_mut().for_each(|undo| undo.process = name(undo.process));
+        }
+        for queue in &mut self.sysvipc.queues {
+            queue.sender = name(queue.sender);
+            queue.receiver = name(queue.receiver);
+        }
         for lock in &mut self.locks {
             if let Kind::Posix { process } = &mut lock.kind {
                 *process = name(*process);

@@ -12,7 +12,7 @@ use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
     Deferred, Rebuild, attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory,
-    scheduling, signals, threads, timers,
+    scheduling, signals, sysvipc, threads, timers,
 };
 use crate::store::{BlobId, ImageReader, PageExtent};
 use crate::target::Pid;
@@ -68,14 +68,19 @@ pub fn prepare(
     progress.phase(Phase::Skeleton);
     let mut skeleton = plan.skeleton()?;
     progress.phase(Phase::Rebuild);
-    let Some(names) = skeleton.real_ids() else {
-        rebuild(&mut *skeleton, restorer, reader, options, progress)?;
-        return Ok(Prepared { skeleton, root: image.processes[0].task.pid });
-    };
-    let mut renamed = Renamed { reader, image: image.clone() };
-    renamed.image.rename(&names);
-    rebuild(&mut *skeleton, restorer, &renamed, options, progress)?;
-    Ok(Prepared { skeleton, root: renamed.image.processes[0].task.pid })
+    let mut made = sysvipc::Made::default();
+    let names = skeleton.real_ids();
+    let renamed = names.map(|names| {
+        let mut image = image.clone();
+        image.rename(&names);
+        Renamed { reader, image }
+    });
+    let reader = renamed.as_ref().map_or(reader, |renamed| renamed as &dyn ImageReader);
+    if let Err(error) = rebuild(&mut *skeleton, restorer, reader, options, progress, &mut made) {
+        made.remove(skeleton.targets());
+        return Err(error);
+    }
+    Ok(Prepared { skeleton, root: reader.image().processes[0].task.pid })
 }
 
 /// An image in other ids.
@@ -121,23 +126,26 @@ fn rebuild(
     reader: &dyn ImageReader,
     options: &RestoreOptions,
     progress: &mut dyn Progress,
+    made: &mut sysvipc::Made,
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
     // While there is nothing in them to be charged to anyone.
     cgroups::rebuild(targets, image, options.ignore_cgroups)?;
     let deleted = files::rebuild_deleted(reader)?;
-    let objects = memory::rebuild_objects(targets, reader, deleted)?;
+    sysvipc::rebuild(targets, image, made)?;
+    let mut filler = restorer.filler();
+    let objects = memory::rebuild_objects(targets, reader, deleted, &mut *filler)?;
     interruption()?;
     // While all processes are still on our own processor: descriptors go from one to the other.
     descriptors::rebuild(targets, reader, &objects, options)?;
     locks::rebuild(targets, image)?;
     interruption()?;
     memory::map_all(targets, reader, &objects)?;
+    sysvipc::finish(targets, image)?;
     files::guard_deleted(image, &objects.deleted)?;
     let executables = memory::deleted_executables(image, &objects)?;
     drop(objects);
-    let mut filler = restorer.filler();
     let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
     filler.fill_all(targets, &image.processes, reader, &mut meter)?;
     // Only now that the slow part is done: timers run from here on.

@@ -18,7 +18,10 @@
 #[path = "../../agent/src/protocol.rs"]
 #[allow(dead_code)]
 mod agent;
+mod altstack;
+mod by_number;
 mod calls;
+mod environment;
 mod exec;
 mod freeze;
 mod ids;
@@ -29,6 +32,7 @@ mod start;
 #[path = "../src/translation.rs"]
 #[allow(dead_code)]
 mod translation;
+mod unprotected;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

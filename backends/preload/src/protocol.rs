@@ -99,7 +99,11 @@ pub struct Arrival {
     pub xsave_size: u64,
     pub tid: i32,
     pub _reserved: i32,
+    /// Where the handler has its stack of [`HANDLER_STACK`] bytes: a mapping that is not the program's.
+    pub stack: u64,
 }
+
+pub const HANDLER_STACK: usize = 16 * 1024;
 
 pub const NO_CALL: i64 = -1;
 /// It gave EINTR, and the code does not tell which call it was.

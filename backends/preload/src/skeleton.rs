@@ -26,6 +26,7 @@ use ckpt_core::error::RestoreError;
 use ckpt_core::image::{Image, Task, Zombie};
 use ckpt_core::names::Names;
 use ckpt_core::procfs::{Mapping, ProcDir};
+use ckpt_core::resource::terminals;
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
     TargetError, args,
@@ -253,6 +254,7 @@ fn begin_sessions(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreE
         let mut batch = Batch::new();
         batch.call(Sysno::setsid, args![]);
         tree.target(process).run(&batch).map_err(target_failed(pid))?;
+        terminals::take_controlling(tree.target(process), image)?;
         tree.in_session[process] = true;
     }
     Ok(())
@@ -819,6 +821,10 @@ impl Target for SkeletonTarget {
         batch.call(Sysno::arch_prctl, args![ARCH_SET_GS, general.gs_base]);
         if let Some(rseq) = context.rseq {
             batch.call(Sysno::rseq, args![rseq.address, rseq.size, 0, rseq.signature]);
+        }
+        if frame::has_tiles(&context.registers.xsave) {
+            // Before that, the kernel has no room for them in this thread.
+            batch.use_tiles();
         }
         self.run_on(thread, &batch)?;
         self.contexts[thread] = Some(context.clone());

@@ -3,6 +3,7 @@
 use crate::case::Case;
 
 mod attributes;
+mod c_library;
 mod calls;
 mod cgroups;
 mod credentials;
@@ -25,6 +26,7 @@ mod registers;
 mod scheduling;
 mod signalfd;
 mod signals;
+mod sysvipc;
 mod tasks;
 mod terminals;
 mod timerfd;
@@ -36,6 +38,7 @@ mod untouched;
 pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
         attributes::cases, //
+        c_library::cases,
         calls::cases,
         cgroups::cases,
         credentials::cases,
@@ -58,6 +61,7 @@ pub fn all() -> Vec<Case> {
         scheduling::cases,
         signalfd::cases,
         signals::cases,
+        sysvipc::cases,
         tasks::cases,
         terminals::cases,
         timerfd::cases,
