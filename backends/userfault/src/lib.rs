@@ -156,6 +156,8 @@ fn is_lazy_object(image: &Image, id: ObjectId, object: &Object, options: &Option
     const NO_MORE_WRITES: u32 = (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) as u32;
     let is_unreachable = match &object.kind {
         ObjectKind::Anonymous => true,
+        // Whoever has its id may attach it.
+        ObjectKind::Segment { .. } => false,
         ObjectKind::Memfd { seals, .. } => {
             let is_it = |kind: &FileKind| matches!(kind, FileKind::Memfd(memfd) if memfd.object == id);
             seals & NO_MORE_WRITES == 0 && !image.files.iter().any(|file| is_it(&file.kind))
