@@ -64,10 +64,6 @@ pub fn start(command: &mut Command, what: &str, log: &Path) -> Result<Running, F
 }
 
 impl Running {
-    pub fn pid(&self) -> i32 {
-        self.pid
-    }
-
     pub fn begun(&self) -> Instant {
         self.begun
     }

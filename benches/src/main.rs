@@ -67,7 +67,9 @@ fn measure(run: &Run) -> Result<bool, String> {
     };
     let temporary = temporary.map_err(|error| format!("no directory for images can be made: {error}; see --images"))?;
     let ckpt = match &run.ckpt {
-        Some(ckpt) => ckpt.clone(),
+        Some(ckpt) => {
+            ckpt.canonicalize().map_err(|error| format!("{}: {error}; --ckpt names the program", ckpt.display()))?
+        }
         None => build()?,
     };
     // What restored trees leave comes to us, so that we can end it.

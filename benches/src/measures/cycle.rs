@@ -69,6 +69,7 @@ fn live(tool: &dyn Tool, program: &dyn Program, place: &Path, timeout: Duration)
         settle(place);
     }
 
+    session.before_dump()?;
     let image = place.join("image");
     let dump = tool.dump(root, &image, false)?;
     let taken = run(tool, dump, "dump", place, timeout)?;

@@ -29,7 +29,9 @@ pub trait Program {
 pub trait Session: Send {
     /// Waits until it has come up and has touched all its memory.
     fn ready(&mut self) -> Result<(), String>;
-    /// Asks something that takes its memory to answer, again until it is there, and checks the answer. This is what is timed.
+    /// What must be done before a dump, so that the first answer after the restore can be seen.
+    fn before_dump(&mut self) -> Result<(), String>;
+    /// Waits for an answer that takes its memory, asking again until one is there, and checks it. This is what is timed.
     fn answer(&mut self, within: Duration, give_up: &AtomicBool) -> Result<(), String>;
     /// Makes sure that all of it has gone on, and that its memory is what it was.
     fn verify(&mut self) -> Result<(), String>;

@@ -2,7 +2,10 @@
 //!
 //! The driver and the program share a page of a file. A question is a number there; each thread of the program looks at
 //! its part of the state and puts the number beside its own. So an answer is an instant, it takes no connection that a
-//! tool would have to save, and one that is not right ends the program.
+//! tool would have to save, and a thread that does not find what it should ends the program.
+//!
+//! Between a dump and its restore the driver must not write there: a file that has changed is rightly refused. So the
+//! first answer after a restore is one that nobody asked for: the program *beats*, every 200 us, with a look at its memory.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, IntoRawFd};
@@ -11,7 +14,6 @@ use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use super::http::NEVER;
 use super::{PATIENCE, Program, Session, Stamping, Stamps};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,6 +90,9 @@ struct Shared {
     /// The next answer is to be after a look at everything.
     thorough: AtomicU32,
     stamping: AtomicU32,
+    beating: AtomicU32,
+    /// Counted up by the program, a futex.
+    beats: AtomicU32,
     ready: AtomicU32,
     /// Nanoseconds.
     gap: AtomicU64,
@@ -213,14 +218,20 @@ impl Asking {
         question
     }
 
-    fn expect(&self, who: usize, question: u32, within: Duration, give_up: &AtomicBool) -> Result<(), String> {
+    /// Asks, and waits for the answers of all threads and processes.
+    fn await_all(&self, thorough: bool) -> Result<(), String> {
+        let question = self.ask(thorough);
+        (0..self.load.answering()).try_for_each(|who| self.expect(who, question))
+    }
+
+    fn expect(&self, who: usize, question: u32) -> Result<(), String> {
         let begun = Instant::now();
         loop {
             let answered = self.shared.answered[who].load(SeqCst);
             if answered == question {
                 return Ok(());
             }
-            let left = within.checked_sub(begun.elapsed()).filter(|_| !give_up.load(SeqCst));
+            let left = PATIENCE.checked_sub(begun.elapsed());
             let left = left.ok_or_else(|| format!("{} does not go on (thread or process {who})", self.load.name))?;
             // Only the first wakes us.
             let nap = left.min(Duration::from_millis(if who == 0 { 100 } else { 1 }));
@@ -235,12 +246,22 @@ impl Session for Asking {
     }
 
     fn answer(&mut self, within: Duration, give_up: &AtomicBool) -> Result<(), String> {
-        self.expect(0, self.ask(false), within, give_up)
+        let (begun, before) = (Instant::now(), self.shared.beats.load(SeqCst));
+        while self.shared.beats.load(SeqCst) == before {
+            let left = within.checked_sub(begun.elapsed()).filter(|_| !give_up.load(SeqCst));
+            let left = left.ok_or_else(|| format!("{} does not go on", self.load.name))?;
+            wait(&self.shared.beats, before, Some(left.min(Duration::from_millis(100))));
+        }
+        Ok(())
+    }
+
+    fn before_dump(&mut self) -> Result<(), String> {
+        self.shared.beating.store(1, SeqCst);
+        self.await_all(false)
     }
 
     fn verify(&mut self) -> Result<(), String> {
-        let question = self.ask(true);
-        (0..self.load.answering()).try_for_each(|who| self.expect(who, question, PATIENCE, &NEVER))
+        self.await_all(true)
     }
 
     fn begin_stamps(&mut self) -> Result<Stamping, String> {
@@ -248,14 +269,14 @@ impl Session for Asking {
         self.shared.behind.store(0, SeqCst);
         self.shared.stamping.store(1, SeqCst);
         // So that it sees that it is to.
-        self.answer(PATIENCE, &NEVER)?;
+        self.await_all(false)?;
         Ok(Stamping::Begun)
     }
 
     fn end_stamps(&mut self) -> Result<Stamps, String> {
-        self.answer(PATIENCE, &NEVER)?;
+        self.await_all(false)?;
         self.shared.stamping.store(0, SeqCst);
-        self.answer(PATIENCE, &NEVER)?;
+        self.await_all(false)?;
         let nanoseconds = |word: &AtomicU64| Duration::from_nanos(word.load(SeqCst));
         let behind = matches!(self.load.kind, Kind::Writes { .. }).then(|| nanoseconds(&self.shared.behind));
         Ok(Stamps { gap: nanoseconds(&self.shared.gap), behind })
@@ -272,6 +293,9 @@ pub struct Arguments {
 
 /// Between two stamps, and two looks at whether it is time to write.
 const STAMP: Duration = Duration::from_micros(100);
+
+/// Between two beats.
+const BEAT: Duration = Duration::from_micros(200);
 
 /// Is the program of this name, until it is killed.
 pub fn run(arguments: &Arguments) -> ExitCode {
@@ -365,8 +389,18 @@ fn answer_on(shared: &'static Shared, who: usize, mut state: State) -> ! {
         } else {
             last = None;
         }
+        let beating = who == 0 && shared.beating.load(SeqCst) == 1;
+        if beating {
+            let beat = shared.beats.load(SeqCst).wrapping_add(1);
+            if !state.is_right(beat, false) {
+                std::process::abort();
+            }
+            shared.beats.store(beat, SeqCst);
+            wake(&shared.beats);
+        }
         let writing = state.write(if stamping { Some(&shared.behind) } else { None });
-        wait(&shared.question, answered, (stamping || writing).then_some(STAMP));
+        let nap = if stamping || writing { Some(STAMP) } else { beating.then_some(BEAT) };
+        wait(&shared.question, answered, nap);
     }
 }
 
@@ -510,7 +544,7 @@ fn open(count: usize) -> std::io::Result<Vec<(i32, i32)>> {
     for _ in 0..count / 4 {
         let (reader, writer) = nix::unistd::pipe()?;
         pipes.push((reader.into_raw_fd(), writer.into_raw_fd()));
-        File::open(&own)?.into_raw_fd();
+        let _ = File::open(&own)?.into_raw_fd();
         // SAFETY: takes numbers; the descriptor is for the program's life.
         if unsafe { libc::eventfd(1, 0) } < 0 {
             return Err(std::io::Error::last_os_error());

@@ -162,6 +162,10 @@ impl Session for Asking {
         http::settle(self.port)
     }
 
+    fn before_dump(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn begin_stamps(&mut self) -> Result<Stamping, String> {
         Ok(Stamping::Unable)
     }

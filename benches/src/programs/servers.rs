@@ -92,6 +92,10 @@ impl Session for Asking {
         http::settle(self.port)
     }
 
+    fn before_dump(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn begin_stamps(&mut self) -> Result<Stamping, String> {
         self.get("/stamp", PATIENCE, &NEVER)?;
         http::settle(self.port)?;
