@@ -124,12 +124,12 @@ fn ends_within(pidfd: &OwnedFd, timeout: Duration) -> bool {
     }
 }
 
-/// The line of what a tool said that tells most: the first of its errors, else the last.
+/// What a tool said that tells most: its errors, else its last line.
 fn essence(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
-    let line = lines().find(|line| line.to_lowercase().contains("error")).or(lines().last());
-    let line = line.unwrap_or("it said nothing");
-    line.chars().take(300).collect()
+    let errors: Vec<&str> = lines().filter(|line| line.to_lowercase().contains("error")).collect();
+    let text = if errors.is_empty() { lines().last().unwrap_or("it said nothing").to_string() } else { errors.join("; ") };
+    text.chars().take(500).collect()
 }
 
 /// The status and the usage of a child, which is waited for.

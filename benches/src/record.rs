@@ -138,8 +138,9 @@ pub enum Unit {
     Mebibytes,
     #[serde(rename = "KiB")]
     Kibibytes,
-    #[serde(rename = "pages")]
-    Pages,
+    /// How many.
+    #[serde(rename = "")]
+    Count,
 }
 
 /// How many times what `baseline` takes `tool` takes, from paired rounds.
@@ -161,7 +162,7 @@ impl Unit {
             Unit::Nanoseconds => "ns",
             Unit::Mebibytes => "MiB",
             Unit::Kibibytes => "KiB",
-            Unit::Pages => "pages",
+            Unit::Count => "",
         }
     }
 }

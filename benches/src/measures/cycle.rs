@@ -71,8 +71,7 @@ fn live(tool: &dyn Tool, program: &dyn Program, place: &Path, timeout: Duration)
 
     session.before_dump()?;
     let image = place.join("image");
-    let dump = tool.dump(root, &image, false)?;
-    let taken = run(tool, dump, "dump", place, timeout)?;
+    let taken = dump(tool, root, &image, false, place, timeout, &mut samples)?;
     if tool.dumps() {
         samples.add_time("dump", taken.wall);
         command::sync(&image).map_err(|error| format!("syncing {}: {error}", image.display()))?;
@@ -134,7 +133,7 @@ fn keep_running(
     samples.add_time("gap-undisturbed", before.gap);
     session.begin_stamps()?;
     let image = place.join("image-of-one-that-goes-on");
-    let taken = run(tool, tool.dump(root, &image, true)?, "dump --leave-running", place, timeout)?;
+    let taken = dump(tool, root, &image, true, place, timeout, samples)?;
     let stamps = session.end_stamps().map_err(|error| format!("after a dump that leaves it running: {error}"))?;
     samples.add_time("freeze", stamps.gap);
     samples.add_time("dump-running", taken.wall);
@@ -143,6 +142,31 @@ fn keep_running(
     }
     session.verify().map_err(|error| format!("after a dump that leaves it running: {error}"))?;
     std::fs::remove_dir_all(&image).map_err(|error| format!("{}: {error}", image.display()))
+}
+
+/// Saves it. What is refused with the advice to try again is tried again, three times; that is counted, and a row has it.
+fn dump(
+    tool: &dyn Tool,
+    root: i32,
+    image: &Path,
+    leave_running: bool,
+    place: &Path,
+    timeout: Duration,
+    samples: &mut Samples,
+) -> Result<Taken, String> {
+    let what = if leave_running { "dump --leave-running" } else { "dump" };
+    let mut refused = 0;
+    loop {
+        match run(tool, tool.dump(root, image, leave_running)?, what, place, timeout) {
+            Err(why) if refused < 3 && why.contains("try again") => refused += 1,
+            result => {
+                if refused > 0 {
+                    samples.add("refused-at-first", Unit::Count, f64::from(refused));
+                }
+                return result;
+            }
+        }
+    }
 }
 
 pub fn run(

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::cycle::{gone, run, settle};
 use super::{Bench, Samples, Turn, ratios, row, take_turns};
 use crate::command;
-use crate::programs::redis::{Connection, Redis};
+use crate::programs::redis::{Address, Connection, Redis};
 use crate::programs::{Program, http};
 use crate::record::{Group, Skipped, Unit};
 use crate::statistics::quantile;
@@ -44,11 +44,11 @@ struct Way<'a> {
     tool: &'a dyn Tool,
     lazily: Option<Lazily>,
     image: PathBuf,
-    port: u16,
+    address: Address,
 }
 
 pub fn measure(bench: &mut Bench, workload: &Workload) {
-    let redis = Redis { name: workload.name, keys: workload.keys, quick: workload.quick };
+    let redis = Redis { name: workload.name, by_unix_socket: true, keys: workload.keys, quick: workload.quick };
     if let Some(why) = redis.absent() {
         bench.skipped.push(Skipped { what: workload.name.into(), why });
         return;
@@ -72,14 +72,14 @@ fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Pat
     for tool in bench.tools.iter().filter(|tool| matches!(tool.name(), "ptrace" | "userfault" | "criu")) {
         let place = place.join(tool.name());
         match save(&**tool, redis, &place, timeout) {
-            Ok(port) => {
+            Ok(address) => {
                 let image = place.join("image");
                 // CRIU restores both ways, from the same image.
                 if tool.name() != "userfault" {
-                    ways.push(Way { tool: &**tool, lazily: None, image: image.clone(), port });
+                    ways.push(Way { tool: &**tool, lazily: None, image: image.clone(), address: address.clone() });
                 }
                 if let Some(lazily) = tool.lazily() {
-                    ways.push(Way { tool: &**tool, lazily: Some(lazily), image, port });
+                    ways.push(Way { tool: &**tool, lazily: Some(lazily), image, address });
                 }
             }
             Err(failure) => {
@@ -104,20 +104,20 @@ fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Pat
     Ok(())
 }
 
-/// Starts a redis and saves it; gives its port.
-fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Result<u16, String> {
+/// Starts a redis and saves it; gives where it listens.
+fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Result<Address, String> {
     std::fs::create_dir(place).map_err(|error| format!("{}: {error}", place.display()))?;
     let result = (|| {
-        let (command, mut session, port) = redis.prepare_at(place)?;
+        let (command, mut session, address) = redis.prepare_at(place)?;
         let root = tool.start(command, place, timeout)?;
         session.ready()?;
         run(tool, tool.dump(root, &place.join("image"), false)?, "dump", place, timeout)?;
         gone(root)?;
-        Ok(port)
+        Ok(address)
     })();
     settle(place);
     let ended = command::end_descendants();
-    result.and_then(|port| ended.map(|()| port))
+    result.and_then(|address| ended.map(|()| address))
 }
 
 fn round(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, String> {
@@ -191,7 +191,7 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
         own_figures(&log, &mut samples)?;
     }
     // All of it must be what it was.
-    let mut connection = Connection::open(way.port, timeout, &http::NEVER)?;
+    let mut connection = Connection::open(&way.address, timeout, &http::NEVER)?;
     let count = connection.ask("DBSIZE")?;
     if count != keys.to_string() {
         return Err(format!("after the restore: {count} keys of {keys}"));
@@ -201,7 +201,7 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
 }
 
 fn ask(way: &Way<'_>, keys: usize, timeout: Duration, give_up: &AtomicBool, loaded: &AtomicBool) -> Result<Seen, String> {
-    let mut connection = Connection::open(way.port, timeout, give_up)?;
+    let mut connection = Connection::open(&way.address, timeout, give_up)?;
     connection.ask("PING")?;
     let ping = Instant::now();
     connection.get(keys / 2)?;
@@ -225,7 +225,7 @@ fn own_figures(log: &Path, samples: &mut Samples) -> Result<(), String> {
     let figures: serde_json::Value =
         serde_json::from_str(&text[start..]).map_err(|error| format!("the figures of ckpt: {error}"))?;
     let number = |value: &serde_json::Value| value.as_f64().ok_or("the figures of ckpt have changed");
-    samples.add("faults", Unit::Pages, number(&figures["faults"])?);
+    samples.add("faults", Unit::Count, number(&figures["faults"])?);
     samples.add("fault-p50", Unit::Microseconds, number(&figures["fault_latency_us"]["p50"])?);
     samples.add("fault-p99", Unit::Microseconds, number(&figures["fault_latency_us"]["p99"])?);
     Ok(())

@@ -156,7 +156,7 @@ mod tests {
             let work = move || {
                 log.borrow_mut().push_str(name);
                 let mut samples = Samples::default();
-                samples.add("n", Unit::Pages, log.borrow().len() as f64);
+                samples.add("n", Unit::Count, log.borrow().len() as f64);
                 if name == "c" && log.borrow().len() > 6 { Err("no more".into()) } else { Ok(samples) }
             };
             (name.to_string(), Box::new(work))

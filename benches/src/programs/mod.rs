@@ -62,7 +62,7 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 pub fn all() -> Vec<Box<dyn Program>> {
     let mut all: Vec<Box<dyn Program>> = Vec::new();
     all.extend(own::LOADS.iter().map(|load| Box::new(*load) as Box<dyn Program>));
-    all.push(Box::new(redis::Redis { name: "redis", keys: 100_000, quick: true }));
+    all.push(Box::new(redis::Redis { name: "redis", by_unix_socket: false, keys: 100_000, quick: true }));
     all.push(Box::new(postgresql::Postgresql));
     all.extend(servers::SERVERS.iter().map(|server| Box::new(*server) as Box<dyn Program>));
     all

@@ -5,7 +5,7 @@ use crate::record::{Group, Null, Ratio, Record, Row, Skipped, ToolFacts};
 
 /// The measures of each group that the terminal shows, in their order; JSON and HTML have all.
 const SHOWN: &[(Group, &[&str])] = &[
-    (Group::Cycle, &["dump", "dump-durable", "freeze", "behind", "restore", "answer", "image", "dump-peak", "restore-peak"]),
+    (Group::Cycle, &["dump", "dump-durable", "freeze", "behind", "restore", "answer", "image", "dump-peak", "restore-peak", "refused-at-first"]),
     (Group::Lazy, &["ping", "first-get", "get-p99", "all-pages", "fault-p50", "fault-p99"]),
     (Group::Overhead, &["time", "memory"]),
 ];
