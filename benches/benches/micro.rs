@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ckpt_agent::process::Process;
 use ckpt_core::backend::{DumpOptions, Dumper};
 use ckpt_core::batch::{Batch, Sysno};
-use ckpt_core::{Pid, PAGE_SIZE, RemotePtr};
+use ckpt_core::{PAGE_SIZE, Pid, RemotePtr};
 use ckpt_formats::v1::{ImageV1, ManifestV1};
 use ckpt_formats::wire::Wire;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -22,8 +22,12 @@ fn image_codec(criterion: &mut Criterion) {
         Err(error) => return println!("image codec: skipped: {error}"),
     };
     let encode = || {
-        let manifest =
-            ManifestV1 { pages: 1 << 20, page_checksums: 0, blobs: Vec::new(), image: ImageV1::from_live(reader.image()) };
+        let manifest = ManifestV1 {
+            pages: 1 << 20,
+            page_checksums: 0,
+            blobs: Vec::new(),
+            image: ImageV1::from_live(reader.image()),
+        };
         let mut bytes = Vec::new();
         ciborium::into_writer(&manifest, &mut bytes).map(|()| bytes)
     };
@@ -121,7 +125,11 @@ fn wrapper_cost(criterion: &mut Criterion) {
                 let _ = std::fs::remove_file(&output);
                 let mut command = Command::new(if with { ckpt.as_os_str() } else { bench.as_ref() });
                 if with {
-                    command.args(["--quiet", "--backend", "preload", "run", "--output"]).arg(&output).arg("--").arg(bench);
+                    command
+                        .args(["--quiet", "--backend", "preload", "run", "--output"])
+                        .arg(&output)
+                        .arg("--")
+                        .arg(bench);
                 } else if let Ok(file) = std::fs::File::create(&output) {
                     command.stdout(file);
                 }
@@ -170,7 +178,8 @@ fn frozen(child: &Child, work: impl FnOnce(&mut dyn ckpt_core::Target)) -> Resul
 fn some_memory(target: &mut dyn ckpt_core::Target) -> Option<u64> {
     let mut batch = Batch::new();
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-    let mapped = batch.call(Sysno::mmap, ckpt_core::args![0, 1 << 20, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0]);
+    let mapped =
+        batch.call(Sysno::mmap, ckpt_core::args![0, 1 << 20, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0]);
     target.run(&batch).ok().map(|replies| replies.value(mapped))
 }
 

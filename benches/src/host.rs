@@ -10,7 +10,8 @@ use crate::record::Host;
 pub fn facts(images: &Path) -> Host {
     let read = |path: &str| read_to_string(path).unwrap_or_default().trim().to_string();
     let cpu = read("/proc/cpuinfo");
-    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name.into());
+    let cpu =
+        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name.into());
     let huge_pages = read("/sys/kernel/mm/transparent_hugepage/enabled");
     let chosen = huge_pages.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map(|(chosen, _)| chosen.into());
     Host {

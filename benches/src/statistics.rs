@@ -71,11 +71,7 @@ pub fn unpaired_ratio(a: &[f64], b: &[f64]) -> Option<Estimate> {
     if ratios.is_empty() {
         return None;
     }
-    Some(Estimate {
-        value: median(a) / median(b),
-        low: quantile(&ratios, 0.025),
-        high: quantile(&ratios, 0.975),
-    })
+    Some(Estimate { value: median(a) / median(b), low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) })
 }
 
 fn estimate(samples: &[f64], of: fn(&[f64]) -> f64) -> Option<Estimate> {

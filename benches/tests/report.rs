@@ -72,7 +72,10 @@ fn chromium_or_skip() -> Option<PathBuf> {
     let found = chromium();
     if found.is_none() {
         let required = std::env::var("CKPT_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|what| what == "chromium"), "CKPT_REQUIRE has chromium, and there is none on PATH");
+        assert!(
+            !required.split(',').any(|what| what == "chromium"),
+            "CKPT_REQUIRE has chromium, and there is none on PATH"
+        );
         println!("skipped: there is no chromium on PATH; ./ci deps installs it");
     }
     found
@@ -94,7 +97,13 @@ fn draw(chromium: &Path, folder: &Path, report: &str, width: u32, dark: bool) ->
     let run = |height: u32, more: &[&str]| {
         std::fs::write(&file, around(height)).unwrap();
         let mut command = Command::new(chromium);
-        command.args(["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000"]);
+        command.args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=10000",
+        ]);
         command.arg(format!("--user-data-dir={}", folder.join("profile").display()));
         command.arg(format!("--window-size={},{height}", width.max(600)));
         command.arg(format!("--blink-settings=preferredColorScheme={}", if dark { 0 } else { 1 }));
@@ -116,7 +125,8 @@ fn draw(chromium: &Path, folder: &Path, report: &str, width: u32, dark: bool) ->
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
     let channels = info.color_type.samples();
-    let pixels = bytes[..info.buffer_size()].chunks_exact(channels).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
+    let pixels =
+        bytes[..info.buffer_size()].chunks_exact(channels).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
     if let Some(keep) = std::env::var_os("CKPT_KEEP_SCREENSHOTS") {
         let name = format!("{width}-{}.png", if dark { "dark" } else { "light" });
         std::fs::copy(&shot, Path::new(&keep).join(name)).unwrap();
@@ -224,7 +234,10 @@ fn a_plot_that_is_not_drawn_is_found() {
         ("hidden", report.replace("</style>", ".plot:nth-child(2) .mark { visibility: hidden; }</style>")),
         ("covered", report.replace("</style>", ".plot svg { opacity: 0; }</style>")),
         ("too wide", report.replace("</style>", ".plots { width: 2000px; }</style>")),
-        ("no contrast", report.replace("</style>", ".mark { fill: #fbfbfa !important; stroke: #fbfbfa !important; }</style>")),
+        (
+            "no contrast",
+            report.replace("</style>", ".mark { fill: #fbfbfa !important; stroke: #fbfbfa !important; }</style>"),
+        ),
         ("empty", report.replace("class=\"mark ", "class=\"")),
     ];
     for (what, report) in broken {

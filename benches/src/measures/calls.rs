@@ -90,7 +90,8 @@ fn read_write(count: u64) -> bool {
         let (zero, null) = (libc::open(ZERO, libc::O_RDONLY), libc::open(NULL, libc::O_WRONLY));
         let mut buffer = [0_u8; 512];
         let good = (0..count).all(|_| {
-            libc::read(zero, buffer.as_mut_ptr().cast(), 512) == 512 && libc::write(null, buffer.as_ptr().cast(), 512) == 512
+            libc::read(zero, buffer.as_mut_ptr().cast(), 512) == 512
+                && libc::write(null, buffer.as_ptr().cast(), 512) == 512
         });
         libc::close(zero);
         libc::close(null);

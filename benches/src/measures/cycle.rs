@@ -24,7 +24,8 @@ pub fn measure(bench: &mut Bench, program: &dyn Program) {
     }
     let results = take_turns(bench.rounds, bench.within, &mut turns);
     let name = program.name();
-    let rows = turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Cycle, name, tool, program.size(), result));
+    let rows =
+        turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Cycle, name, tool, program.size(), result));
     let rows: Vec<_> = rows.collect();
     drop(turns);
     bench.ratios.extend(ratios(&rows, "ptrace"));
@@ -42,7 +43,10 @@ fn no_room(images: &Path, size: u64) -> Option<String> {
     let free = statvfs.blocks_available() as u64 * statvfs.fragment_size() as u64;
     if size > 0 && free < size + SPARE {
         let (free, needed) = (mebibytes(free), mebibytes(size + SPARE));
-        return Some(format!("{} has {free} MiB free, {needed} are needed; choose another with --images", images.display()));
+        return Some(format!(
+            "{} has {free} MiB free, {needed} are needed; choose another with --images",
+            images.display()
+        ));
     }
     let memory = crate::host::available_memory();
     (size > 0 && memory < size + SPARE)
@@ -88,9 +92,8 @@ fn live(tool: &dyn Tool, program: &dyn Program, place: &Path, timeout: Duration)
     let begun = running.begun();
     let give_up = AtomicBool::new(false);
     let (taken, answered) = std::thread::scope(|scope| {
-        let asking = std::thread::Builder::new().spawn_scoped(scope, || {
-            session.answer(timeout, &give_up).map(|()| Instant::now())
-        });
+        let asking = std::thread::Builder::new()
+            .spawn_scoped(scope, || session.answer(timeout, &give_up).map(|()| Instant::now()));
         let asking = match asking {
             Ok(asking) => asking,
             Err(error) => {

@@ -126,6 +126,16 @@ fn round(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Strin
     result.and_then(|samples| ended.map(|()| samples))
 }
 
+/// Whether somebody listens on a Unix socket. To connect would be taken for the restore.
+fn listens(socket: &Path) -> bool {
+    let path = socket.to_string_lossy().into_owned();
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // The fourth field has __SO_ACCEPTCON; daemons may have bound a relative path.
+    let listening = |line: &str| line.split_whitespace().nth(3) == Some("00010000");
+    let named = |line: &str| line.ends_with(&path) || line.ends_with(" lazy-pages.socket");
+    socket.exists() && table.lines().any(|line| listening(line) && named(line))
+}
+
 /// What the client saw.
 struct Seen {
     ping: Instant,
@@ -145,10 +155,10 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
             // Whoever uses it starts it before as well; its start is not counted.
             let socket = way.image.join("lazy-pages.socket");
             let begun = Instant::now();
-            while !socket.exists() {
+            while !listens(&socket) {
                 if begun.elapsed() > timeout {
                     daemon.kill();
-                    return Err(format!("{} does not appear", socket.display()));
+                    return Err(format!("{} is not listened on", socket.display()));
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -200,7 +210,13 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
     Ok(samples)
 }
 
-fn ask(way: &Way<'_>, keys: usize, timeout: Duration, give_up: &AtomicBool, loaded: &AtomicBool) -> Result<Seen, String> {
+fn ask(
+    way: &Way<'_>,
+    keys: usize,
+    timeout: Duration,
+    give_up: &AtomicBool,
+    loaded: &AtomicBool,
+) -> Result<Seen, String> {
     let mut connection = Connection::open(&way.address, timeout, give_up)?;
     connection.ask("PING")?;
     let ping = Instant::now();

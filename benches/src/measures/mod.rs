@@ -126,7 +126,8 @@ pub fn ratios(rows: &[Row], baseline: &str) -> Vec<Ratio> {
         let same = |other: &&Row| other.tool == baseline && other.workload == row.workload && other.failed.is_none();
         let Some(base) = rows.iter().find(same) else { continue };
         for (name, measure) in &row.measures {
-            let Some(other) = base.measures.get(name).filter(|other| other.samples.len() == measure.samples.len()) else {
+            let Some(other) = base.measures.get(name).filter(|other| other.samples.len() == measure.samples.len())
+            else {
                 continue;
             };
             if let Some(estimate) = paired_ratio(&measure.samples, &other.samples) {

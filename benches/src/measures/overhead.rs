@@ -43,7 +43,10 @@ const PROGRAMS: &[Whole] = &[
              select n, hex(n) h from r; create index i on t(h); select count(distinct h) from t",
         ],
     },
-    Whole { name: "sort", command: &["bash", "-c", "seq 200000 | sort -R --random-source=/dev/zero | sort -n | tail -n 1"] },
+    Whole {
+        name: "sort",
+        command: &["bash", "-c", "seq 200000 | sort -R --random-source=/dev/zero | sort -n | tail -n 1"],
+    },
 ];
 
 pub fn measure_calls(bench: &mut Bench) {

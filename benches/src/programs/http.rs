@@ -27,7 +27,9 @@ pub fn connect(port: u16, within: Duration, give_up: &AtomicBool) -> Result<TcpS
                 stream.set_nodelay(true).map_err(|error| format!("port {port}: {error}"))?;
                 return Ok(stream);
             }
-            Err(error) if begun.elapsed() > within || give_up.load(SeqCst) => return Err(format!("port {port}: {error}")),
+            Err(error) if begun.elapsed() > within || give_up.load(SeqCst) => {
+                return Err(format!("port {port}: {error}"));
+            }
             Err(_) => std::thread::sleep(Duration::from_micros(500)),
         }
     }
@@ -57,7 +59,8 @@ pub fn settle(port: u16) -> Result<(), String> {
         (u16::from_str_radix(local, 16).ok()? == port && !matches!(state, "0A" | "06")).then_some(())
     };
     super::wait_for("closing connections", super::PATIENCE, || {
-        let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| std::fs::read_to_string(table).unwrap_or_default());
+        let tables =
+            ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| std::fs::read_to_string(table).unwrap_or_default());
         Ok(!tables.iter().flat_map(|table| table.lines()).any(|line| connected(line).is_some()))
     })
 }

@@ -30,9 +30,16 @@ enum Kind {
     Processes(usize),
     Descriptors(usize),
     Mappings(usize),
-    Memory { bytes: usize, fill: Fill, huge: bool },
+    Memory {
+        bytes: usize,
+        fill: Fill,
+        huge: bool,
+    },
     /// Bytes a second, over memory of a size.
-    Writes { bytes: usize, rate: usize },
+    Writes {
+        bytes: usize,
+        rate: usize,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,10 +122,8 @@ fn share(path: &Path) -> std::io::Result<&'static Shared> {
 
 /// Sleeps while the word is what it is said to be, for a time at most.
 fn wait(word: &AtomicU32, value: u32, within: Option<Duration>) {
-    let time = within.map(|within| libc::timespec {
-        tv_sec: within.as_secs() as i64,
-        tv_nsec: i64::from(within.subsec_nanos()),
-    });
+    let time = within
+        .map(|within| libc::timespec { tv_sec: within.as_secs() as i64, tv_nsec: i64::from(within.subsec_nanos()) });
     let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the word is in a mapping that stays, the time lives for the call.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, time) };
@@ -147,7 +152,8 @@ impl Program for Load {
     }
 
     fn about(&self) -> String {
-        let size = |bytes: usize| if bytes < GIB { format!("{} MiB", bytes / MIB) } else { format!("{} GiB", bytes / GIB) };
+        let size =
+            |bytes: usize| if bytes < GIB { format!("{} MiB", bytes / MIB) } else { format!("{} GiB", bytes / GIB) };
         match self.kind {
             Kind::Tiny => "one process, one thread, next to no memory".into(),
             Kind::Threads(count) => format!("{count} threads"),
@@ -183,7 +189,9 @@ impl Program for Load {
             _ => return None,
         };
         match nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE) {
-            Ok((_, hard)) if hard < needed => Some(format!("{needed} descriptors are needed, and ulimit -Hn is {hard}")),
+            Ok((_, hard)) if hard < needed => {
+                Some(format!("{needed} descriptors are needed, and ulimit -Hn is {hard}"))
+            }
             _ => None,
         }
     }
@@ -362,7 +370,13 @@ enum State {
     Mapped(Vec<&'static mut u64>),
     Filled(&'static mut [Page], Fill),
     /// `done` pages were written since an instant, `total` in all.
-    Written { pages: &'static mut [Page], per_second: f64, since: Instant, done: u64, total: u64 },
+    Written {
+        pages: &'static mut [Page],
+        per_second: f64,
+        since: Instant,
+        done: u64,
+        total: u64,
+    },
 }
 
 /// Answers questions, stamps and writes where it is to, for ever.

@@ -15,7 +15,8 @@ pub struct Postgresql;
 
 /// Debian has the programs beside PATH, by version.
 fn programs() -> Option<PathBuf> {
-    let mut found: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql").ok()?.flatten().map(|entry| entry.path()).collect();
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir("/usr/lib/postgresql").ok()?.flatten().map(|entry| entry.path()).collect();
     found.sort();
     found.into_iter().rev().map(|version| version.join("bin")).find(|bin| bin.join("postgres").is_file())
 }
@@ -140,7 +141,11 @@ impl Session for Asking {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        self.query("CREATE TABLE t AS SELECT n, md5(n::text) AS text FROM generate_series(1, 100000) n", PATIENCE, &NEVER)?;
+        self.query(
+            "CREATE TABLE t AS SELECT n, md5(n::text) AS text FROM generate_series(1, 100000) n",
+            PATIENCE,
+            &NEVER,
+        )?;
         self.query("CREATE INDEX ON t (n)", PATIENCE, &NEVER)?;
         http::settle(self.port)
     }

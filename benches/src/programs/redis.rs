@@ -153,7 +153,10 @@ impl Connection {
         let expected = format!("value:{key}");
         let (start, rest) = value.split_at_checked(expected.len()).unwrap_or(("", ""));
         if start != expected || value.len() != VALUE || !rest.bytes().all(|byte| byte == 0) {
-            return Err(format!("redis: key:{key} is not what it was: {:?}", &value.chars().take(40).collect::<String>()));
+            return Err(format!(
+                "redis: key:{key} is not what it was: {:?}",
+                &value.chars().take(40).collect::<String>()
+            ));
         }
         Ok(())
     }

@@ -80,7 +80,11 @@ impl Session for Asking {
     fn answer(&mut self, within: Duration, give_up: &AtomicBool) -> Result<(), String> {
         let count = self.get("/count", within, give_up)?;
         self.count += 1;
-        if count == self.count.to_string() { Ok(()) } else { Err(format!("{} counts {count}, not {}", self.name, self.count)) }
+        if count == self.count.to_string() {
+            Ok(())
+        } else {
+            Err(format!("{} counts {count}, not {}", self.name, self.count))
+        }
     }
 
     fn verify(&mut self) -> Result<(), String> {

@@ -143,7 +143,9 @@ fn sizes(record: &Record) -> String {
     for measure in ["dump", "freeze", "restore", "answer"] {
         let mut kinds: BTreeMap<String, BTreeMap<&str, Vec<(f64, f64)>>> = BTreeMap::new();
         for row in record.rows.iter().filter(|row| row.group == Group::Cycle) {
-            let Some((_, kind)) = row.workload.strip_prefix("memory-").and_then(|rest| rest.split_once('-')) else { continue };
+            let Some((_, kind)) = row.workload.strip_prefix("memory-").and_then(|rest| rest.split_once('-')) else {
+                continue;
+            };
             let Some(measure) = row.measures.get(measure) else { continue };
             let point = (row.size as f64, measure.summary.median);
             kinds.entry(kind.into()).or_default().entry(&row.tool).or_default().push(point);
@@ -218,12 +220,18 @@ fn without_numbers(record: &Record) -> String {
         }
     }
     for skipped in &record.skipped {
-        lines += &format!("<tr><td>{}</td><td></td><td>skipped: {}</td></tr>\n", escape(&skipped.what), escape(&skipped.why));
+        lines += &format!(
+            "<tr><td>{}</td><td></td><td>skipped: {}</td></tr>\n",
+            escape(&skipped.what),
+            escape(&skipped.why)
+        );
     }
     if lines.is_empty() {
         return String::new();
     }
-    format!("<section>\n<h2>Without numbers</h2>\n<div class=\"scroll\"><table class=\"reasons\">\n{lines}</table></div>\n</section>\n")
+    format!(
+        "<section>\n<h2>Without numbers</h2>\n<div class=\"scroll\"><table class=\"reasons\">\n{lines}</table></div>\n</section>\n"
+    )
 }
 
 fn ratios(record: &Record) -> String {

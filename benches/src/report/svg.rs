@@ -49,7 +49,10 @@ pub fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
         body += &format!("<g><title>{}</title>", escape(&told));
         body += &text("label", left - 6.0, middle + 4.0, "end", &bar.tool);
         let width = (x(bar.median) - left).max(1.0);
-        body += &format!(r#"<rect class="mark {class}" x="{left}" y="{:.1}" width="{width:.1}" height="14"/>"#, middle - 7.0);
+        body += &format!(
+            r#"<rect class="mark {class}" x="{left}" y="{:.1}" width="{width:.1}" height="14"/>"#,
+            middle - 7.0
+        );
         body += &line("spread", x(bar.min), middle, x(bar.max), middle);
         body += &line("interval", x(bar.low), middle, x(bar.high), middle);
         for at in [bar.low, bar.high] {

@@ -5,7 +5,21 @@ use crate::record::{Group, Null, Ratio, Record, Row, Skipped, ToolFacts};
 
 /// The measures of each group that the terminal shows, in their order; JSON and HTML have all.
 const SHOWN: &[(Group, &[&str])] = &[
-    (Group::Cycle, &["dump", "dump-durable", "freeze", "behind", "restore", "answer", "image", "dump-peak", "restore-peak", "refused-at-first"]),
+    (
+        Group::Cycle,
+        &[
+            "dump",
+            "dump-durable",
+            "freeze",
+            "behind",
+            "restore",
+            "answer",
+            "image",
+            "dump-peak",
+            "restore-peak",
+            "refused-at-first",
+        ],
+    ),
     (Group::Lazy, &["ping", "first-get", "get-p99", "all-pages", "fault-p50", "fault-p99"]),
     (Group::Overhead, &["time", "memory"]),
 ];
@@ -66,7 +80,8 @@ fn table(rows: &[Row], ratios: &[Ratio]) -> String {
     let mut failures = String::new();
     for row in rows {
         if let Some(failure) = &row.failed {
-            let failure = if crate::record::is_refusal(failure) { failure.clone() } else { format!("failed: {failure}") };
+            let failure =
+                if crate::record::is_refusal(failure) { failure.clone() } else { format!("failed: {failure}") };
             failures += &format!("  {:<10} {failure}\n", row.tool);
             continue;
         }
@@ -87,7 +102,9 @@ fn table(rows: &[Row], ratios: &[Ratio]) -> String {
         lines[0].truncate(1);
     }
     let widths: Vec<usize> = (0..lines[0].len())
-        .map(|column| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0))
+        .map(|column| {
+            lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
         .collect();
     let mut text = String::from("\n");
     for line in &lines {
