@@ -70,7 +70,7 @@ fn page_scan(criterion: &mut Criterion) {
 }
 
 fn checksum(criterion: &mut Criterion) {
-    let memory: Vec<u8> = (0..1 << 20).map(|n: u32| (n * 31 >> 3) as u8).collect();
+    let memory: Vec<u8> = (0..1 << 20).map(|n: u32| ((n * 31) >> 3) as u8).collect();
     let mut group = criterion.benchmark_group("checksum");
     group.throughput(Throughput::Bytes(memory.len() as u64));
     group.bench_function("CRC-32C of pages, driver", |bencher| {

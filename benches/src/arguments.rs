@@ -133,11 +133,11 @@ fn one_of(kind: &str, name: &str, known: &[&'static str]) -> Result<&'static str
 }
 
 fn backend(name: &str) -> Result<&'static str, String> {
-    one_of("backend", name, &[&tools::BACKENDS[..], &["none"]].concat())
+    one_of("backend", name, &[tools::BACKENDS, &["none"]].concat())
 }
 
 fn peer(name: &str) -> Result<&'static str, String> {
-    one_of("peer", name, &[&tools::PEERS[..], &["none"]].concat())
+    one_of("peer", name, &[tools::PEERS, &["none"]].concat())
 }
 
 fn workload(name: &str) -> Result<Names, String> {

@@ -128,8 +128,11 @@ fn ends_within(pidfd: &OwnedFd, timeout: Duration) -> bool {
 fn essence(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
     let errors: Vec<&str> = lines().filter(|line| line.to_lowercase().contains("error")).collect();
-    let text =
-        if errors.is_empty() { lines().last().unwrap_or("it said nothing").to_string() } else { errors.join("; ") };
+    let text = if errors.is_empty() {
+        lines().next_back().unwrap_or("it said nothing").to_string()
+    } else {
+        errors.join("; ")
+    };
     text.chars().take(500).collect()
 }
 

@@ -141,13 +141,14 @@ fn cycle(record: &Record) -> String {
 fn sizes(record: &Record) -> String {
     let mut plots = String::new();
     for measure in ["dump", "freeze", "restore", "answer"] {
-        let mut kinds: BTreeMap<String, BTreeMap<&str, Vec<(f64, f64)>>> = BTreeMap::new();
+        type Points<'a> = BTreeMap<&'a str, Vec<(f64, f64)>>;
+        let mut kinds: BTreeMap<String, Points<'_>> = BTreeMap::new();
         for row in record.rows.iter().filter(|row| row.group == Group::Cycle) {
             let Some((_, kind)) = row.workload.strip_prefix("memory-").and_then(|rest| rest.split_once('-')) else {
                 continue;
             };
             let Some(measure) = row.measures.get(measure) else { continue };
-            let point = (row.size as f64, measure.summary.median);
+            let point = (row.size as f64 / f64::from(1 << 20), measure.summary.median);
             kinds.entry(kind.into()).or_default().entry(&row.tool).or_default().push(point);
         }
         for (kind, tools) in kinds {
@@ -159,8 +160,7 @@ fn sizes(record: &Record) -> String {
                 })
                 .collect();
             if !all.is_empty() {
-                let bytes = |value: f64| format!("{}", number(value / f64::from(1 << 20)));
-                let horizontal = Axis { name: "MiB of memory", scale: Scale::Logarithmic, text: &bytes };
+                let horizontal = Axis { name: "MiB of memory", scale: Scale::Logarithmic, text: &number };
                 let vertical = Axis { name: "ms", scale: Scale::Logarithmic, text: &number };
                 plots += &lines(&format!("{measure}, {kind} memory"), &horizontal, &vertical, &all);
             }
