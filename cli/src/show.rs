@@ -134,6 +134,21 @@ fn text(image: &Image, json: &Value) -> String {
             let _ = writeln!(text, "  {}", describe(lock));
         }
     }
+    let system_v = &json["sysvipc"];
+    for (kind, title) in [
+        ("segments", "System V shared memory segments"),
+        ("semaphores", "System V semaphore sets"),
+        ("queues", "System V message queues"),
+    ] {
+        let objects: Vec<&Value> = system_v[kind].as_array().into_iter().flatten().collect();
+        if objects.is_empty() {
+            continue;
+        }
+        let _ = writeln!(text, "\n{title}");
+        for object in objects {
+            let _ = writeln!(text, "  {}", describe(object));
+        }
+    }
     text
 }
 

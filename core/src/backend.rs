@@ -110,7 +110,9 @@ pub struct RestoreOptions {
 /// Makes the empty process tree that the resources are rebuilt in.
 ///
 /// Duties:
-/// 1. `skeleton` makes every process and thread of the image with its id, parent, session and group, and the zombies.
+/// 1. `skeleton` makes every process and thread of the image with its id, parent, session and group, and the zombies. Right
+///    after a process has begun its session, it has it take its controlling terminal
+///    ([`take_controlling`](crate::resource::terminals::take_controlling)): children inherit that.
 /// 2. Until `release` has let go, no process of the tree runs a single instruction of the program, and should the
 ///    restorer end in any way, the whole tree is gone.
 /// 3. `release` lets the whole tree go at once.

@@ -3,8 +3,8 @@
 //! A skeleton and whoever drives it take turns: to switch between them on one processor takes a fraction of the time of
 //! waking another. So a restorer keeps them together, and here they are moved together.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid as RawPid;
@@ -31,30 +31,38 @@ pub fn each<T: Sync>(
         return all.try_for_each(|(index, (target, item))| work(index, &mut **target, item));
     }
     let part = targets.len().div_ceil(crews);
-    let (work, failed) = (&work, &AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for (number, (targets, items)) in targets.chunks_mut(part).zip(items.chunks(part)).enumerate() {
-            let processor = processors[number];
-            threads.push(scope.spawn(move || {
-                pin(RawPid::from_raw(0), processor);
-                for (index, (target, item)) in targets.iter_mut().zip(items).enumerate() {
-                    if failed.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    for tid in target.threads() {
-                        pin(RawPid::from_raw(tid.0), processor);
-                    }
-                    let done = work(number * part + index, &mut **target, item);
-                    if done.is_err() {
-                        failed.store(true, Ordering::Relaxed);
-                        return done;
-                    }
-                }
-                Ok(())
-            }));
+    let failed = AtomicBool::new(false);
+    let parts: Vec<_> = targets.chunks_mut(part).zip(items.chunks(part)).map(Mutex::new).collect();
+    // The part of a number, by whoever comes first.
+    let attend = |number: usize| {
+        let processor = processors[number];
+        pin(RawPid::from_raw(0), processor);
+        let (targets, items) = &mut *parts[number].lock().expect("no panic");
+        for (index, (target, item)) in targets.iter_mut().zip(*items).enumerate() {
+            if failed.load(Ordering::Relaxed) {
+                break;
+            }
+            for tid in target.threads() {
+                pin(RawPid::from_raw(tid.0), processor);
+            }
+            let done = work(number * part + index, &mut **target, item);
+            if done.is_err() {
+                failed.store(true, Ordering::Relaxed);
+                return done;
+            }
         }
-        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+        Ok(())
+    };
+    let attend = &attend;
+    std::thread::scope(|scope| {
+        let begin =
+            |number| std::thread::Builder::new().spawn_scoped(scope, move || attend(number)).map_err(|_| number);
+        let threads: Vec<_> = (0..parts.len()).map(begin).collect();
+        threads.into_iter().try_for_each(|begun| match begun {
+            Ok(thread) => thread.join().expect("no panic"),
+            // No more threads may be started: it is our own work then.
+            Err(number) => attend(number),
+        })
     })
 }
 

@@ -10,7 +10,7 @@ use crate::progress::{Meter, Phase, Progress};
 use crate::resource::questions::Questions;
 use crate::resource::{
     Collect, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
-    tasks, timers,
+    sysvipc, tasks, terminals, timers,
 };
 use crate::store::ImageWriter;
 use crate::target::{Pid, Target};
@@ -113,6 +113,8 @@ fn collect(
     let mut objects = memory::Objects::default();
     let descriptors::Collected { census, tables, files, losses } =
         descriptors::collect(targets, &zombies, &mut objects, store, options, &mut refusals)?;
+    let threads: Vec<_> = answers.iter().map(|(_, answers)| answers.as_slice()).collect();
+    terminals::examine(targets, &threads, &files, &mut refusals);
     let mut tables = tables.into_iter();
     let locks = locks::collect(targets, &census, &mut refusals)?;
     let mut processes = Vec::with_capacity(targets.len());
@@ -145,9 +147,6 @@ fn collect(
             memory: memory::collect(&mut context.section(memory::NAME), &mut looks, &mut objects)?,
         });
     }
-    if !refusals.is_empty() {
-        return Err(DumpError::Unsupported(refusals));
-    }
     let mut image = Image {
         host,
         processes,
@@ -156,9 +155,15 @@ fn collect(
         memory_objects: Vec::new(),
         deleted_files: Vec::new(),
         locks,
+        sysvipc: sysvipc::SystemV::default(),
         shell_job: options.shell_job,
         losses,
     };
+    // Whose they are is seen by the mappings and credentials.
+    image.sysvipc = sysvipc::collect(targets, &image, &mut objects, &mut refusals)?;
+    if !refusals.is_empty() {
+        return Err(DumpError::Unsupported(refusals));
+    }
     host::note_xsave(&mut image);
     Ok((image, objects))
 }

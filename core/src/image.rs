@@ -2,7 +2,7 @@
 
 use crate::resource::{
     attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory, scheduling, signals,
-    timers,
+    sysvipc, timers,
 };
 use crate::target::{Context, Pid};
 
@@ -21,6 +21,7 @@ pub struct Image {
     /// Files that no name leads to any more, open or mapped; a [`files::DeletedId`] is an index.
     pub deleted_files: Vec<files::DeletedFile>,
     pub locks: Vec<locks::Lock>,
+    pub sysvipc: sysvipc::SystemV,
     /// The tree belongs to a session whose leader is not in it, and goes on in the session of the restorer.
     pub shell_job: bool,
     /// State that the user allowed to be lost, in words.

@@ -6,7 +6,7 @@ use crate::host;
 use crate::image::Image;
 use crate::resource::{
     Check, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
-    tasks, timers,
+    sysvipc, tasks, timers,
 };
 
 /// An image that this host can bring back, as far as can be known beforehand.
@@ -34,6 +34,7 @@ impl<'a> Plan<'a> {
         context.resource = tasks::NAME;
         descriptors::check(image, &mut context);
         locks::check(image, &mut context);
+        sysvipc::check(image, &mut context);
         for process in &image.processes {
             context.pid = Some(process.task.pid);
             memory::check(&process.memory, &mut context);

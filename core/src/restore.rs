@@ -11,7 +11,7 @@ use crate::plan::Plan;
 use crate::progress::{Meter, Phase, Progress};
 use crate::resource::{
     Deferred, Rebuild, attributes, cgroups, credentials, descriptors, files, filesystem, limits, locks, memory,
-    scheduling, signals, threads, timers,
+    scheduling, signals, sysvipc, threads, timers,
 };
 use crate::store::ImageReader;
 use crate::target::Pid;
@@ -67,7 +67,11 @@ pub fn prepare(
     progress.phase(Phase::Skeleton);
     let mut skeleton = plan.skeleton()?;
     progress.phase(Phase::Rebuild);
-    rebuild(&mut *skeleton, restorer, reader, options, progress)?;
+    let mut made = sysvipc::Made::default();
+    if let Err(error) = rebuild(&mut *skeleton, restorer, reader, options, progress, &mut made) {
+        made.remove(skeleton.targets());
+        return Err(error);
+    }
     Ok(Prepared { skeleton, root: image.processes[0].task.pid })
 }
 
@@ -82,12 +86,14 @@ fn rebuild(
     reader: &dyn ImageReader,
     options: &RestoreOptions,
     progress: &mut dyn Progress,
+    made: &mut sysvipc::Made,
 ) -> Result<(), RestoreError> {
     let image = reader.image();
     let targets = skeleton.targets();
     // While there is nothing in them to be charged to anyone.
     cgroups::rebuild(targets, image, options.ignore_cgroups)?;
     let deleted = files::rebuild_deleted(reader)?;
+    sysvipc::rebuild(targets, image, made)?;
     let objects = memory::rebuild_objects(targets, reader, deleted)?;
     interruption()?;
     // While all processes are still on our own processor: descriptors go from one to the other.
@@ -95,6 +101,7 @@ fn rebuild(
     locks::rebuild(targets, image)?;
     interruption()?;
     memory::map_all(targets, reader, &objects)?;
+    sysvipc::finish(targets, image)?;
     files::guard_deleted(image, &objects.deleted)?;
     let executables = memory::deleted_executables(image, &objects)?;
     drop(objects);

@@ -212,9 +212,11 @@ impl ImageWriter for Writer {
         } else {
             // Decoding takes as long as the medium does.
             std::thread::scope(|scope| {
-                let verified = scope.spawn(|| this.verify(&manifest, image));
+                let verify = || this.verify(&manifest, image);
+                let verifying = std::thread::Builder::new().spawn_scoped(scope, verify);
                 let written = this.write_manifest(&manifest, &table);
-                verified.join().expect("no panic").and(written)
+                // Where no more threads may be started, one after the other.
+                verifying.map_or_else(|_| verify(), |verifying| verifying.join().expect("no panic")).and(written)
             })?;
         }
         this.partial.publish()

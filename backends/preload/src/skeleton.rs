@@ -24,6 +24,7 @@ use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{Image, Task, Zombie};
 use ckpt_core::procfs::{Mapping, ProcDir};
+use ckpt_core::resource::terminals;
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
     TargetError, args,
@@ -231,6 +232,7 @@ fn begin_sessions(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreE
         let mut batch = Batch::new();
         batch.call(Sysno::setsid, args![]);
         tree.target(process).run(&batch).map_err(target_failed(pid))?;
+        terminals::take_controlling(tree.target(process), image)?;
         tree.in_session[process] = true;
     }
     Ok(())

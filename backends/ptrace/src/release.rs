@@ -24,7 +24,10 @@ pub fn release(mut tree: SkeletonTree) -> Result<(), RestoreError> {
         return let_all_go(tree);
     }
     // A thread that sleeps with what was left of its timeout is let go of when the thread of ours that traces it ends.
-    match std::thread::spawn(|| let_all_go(tree)).join() {
+    let releasing = std::thread::Builder::new().spawn(|| let_all_go(tree));
+    let releasing = releasing
+        .map_err(|source| RestoreError::Io { what: "a thread of ckpt that lets the tree go".into(), source })?;
+    match releasing.join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     }

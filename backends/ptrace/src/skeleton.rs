@@ -18,7 +18,7 @@ use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
 use ckpt_core::error::RestoreError;
 use ckpt_core::image::{self, Image, Task};
 use ckpt_core::procfs::{Mapping, ProcDir};
-use ckpt_core::resource::limits;
+use ckpt_core::resource::{limits, terminals};
 use ckpt_core::{
     Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
     TargetError, args,
@@ -305,6 +305,9 @@ fn spawn_descendants(
         let mut batch = Batch::new();
         batch.call(Sysno::setsid, args![]);
         tree.target(parent).run(&batch).map_err(target_failed(task.pid))?;
+    }
+    if task.sid == task.pid {
+        terminals::take_controlling(tree.target(parent), image)?;
     }
     let late: Vec<Pid> = children(image, task.pid).map(|task| task.pid).filter(|pid| !early.contains(pid)).collect();
     spawn_children(tree, image, layout, parent, &late)?;

@@ -530,13 +530,18 @@ pub fn resume_all(asleep: Vec<Asleep>) {
     if asleep.is_empty() {
         return;
     }
-    let resume = move || {
+    let resume = || {
         for thread in &asleep {
             // One that has ended, or is traced by another by now, is left as it is.
             let _ = thread.resume();
         }
     };
-    let _ = std::thread::spawn(resume).join();
+    std::thread::scope(|scope| {
+        // Where no more threads may be started we stay the tracer, until ckpt ends.
+        if std::thread::Builder::new().spawn_scoped(scope, resume).is_err() {
+            resume();
+        }
+    });
 }
 
 impl Asleep {

@@ -28,7 +28,6 @@ pub fn cases() -> Vec<Case> {
         Case::new("attributes/death-of-the-parent", &["thread-attributes"], death_of_the_parent),
         Case::new("attributes/end-of-the-restorer", &["thread-attributes"], end_of_the_restorer),
         Case::new("attributes/seccomp", &["attributes"], seccomp).refused_at_dump("seccomp"),
-        Case::new("attributes/semaphore-undo", &["attributes"], semaphore_undo).refused_at_dump("SEM_UNDO"),
     ]
 }
 
@@ -428,18 +427,4 @@ fn seccomp(checkpoint: &Checkpoint) -> Result<(), String> {
     prctl(libc::PR_SET_SECCOMP, [libc::SECCOMP_MODE_FILTER.into(), &raw const program as u64, 0, 0])?;
     checkpoint.wait()?;
     equal("PR_GET_SECCOMP", 2, prctl(libc::PR_GET_SECCOMP, [0; 4])?)
-}
-
-fn semaphore_undo(checkpoint: &Checkpoint) -> Result<(), String> {
-    // SAFETY: a private set of one semaphore, and one operation on it.
-    unsafe {
-        let set = done("semget", libc::semget(libc::IPC_PRIVATE, 1, 0o600))?;
-        let mut add = libc::sembuf { sem_num: 0, sem_op: 1, sem_flg: libc::SEM_UNDO as i16 };
-        let result = done("semop", libc::semop(set, &mut add, 1)).and_then(|_| {
-            checkpoint.wait()?;
-            equal("value of the semaphore", 1, libc::semctl(set, 0, libc::GETVAL))
-        });
-        done("semctl", libc::semctl(set, 0, libc::IPC_RMID))?;
-        result
-    }
 }

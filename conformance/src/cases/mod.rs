@@ -25,6 +25,7 @@ mod registers;
 mod scheduling;
 mod signalfd;
 mod signals;
+mod sysvipc;
 mod tasks;
 mod terminals;
 mod timerfd;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Case> {
         scheduling::cases,
         signalfd::cases,
         signals::cases,
+        sysvipc::cases,
         tasks::cases,
         terminals::cases,
         timerfd::cases,

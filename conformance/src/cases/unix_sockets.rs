@@ -10,7 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
 use crate::case::{Case, Checkpoint};
-use crate::expect::{done, equal, in_child, that};
+use crate::expect::{done, equal, eventually, in_child, that};
 
 pub fn cases() -> Vec<Case> {
     const SECTIONS: &[&str] = &["unix_sockets"];
@@ -309,10 +309,12 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
     let path = checkpoint.dir().join("socket");
     let listener = UnixListener::bind(&path).map_err(failed("bind"))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).map_err(failed("chmod"))?;
+    let passed = checkpoint.dir().join("passed");
     let child = in_child(|| {
         let client = UnixStream::connect(&path).map_err(failed("connect"))?;
         pass(&client, client.as_raw_fd())?;
         drop(client);
+        fs::write(&passed, "").map_err(failed("write"))?;
         checkpoint.wait_for_go()
     })?;
     let (server, _) = listener.accept().map_err(failed("accept"))?;
@@ -330,6 +332,7 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
     let before = all()?;
     equal("the user before", (12345, 54321), (before.0[0].uid, before.0[0].gid))?;
     equal("who connected", child.0, before.0[2].pid)?;
+    eventually("the child has let go of its end", || passed.exists())?;
     checkpoint.wait()?;
     equal("credentials of the peers, and owners", before, all()?)?;
     child.passed()

@@ -5,8 +5,7 @@
 //! when its parent dies, robust futexes, clear_child_tid, machine checks, `rdtsc` and `cpuid` faults, speculation control, I/O
 //! flusher.
 //!
-//! Refused, because they cannot be read in full or made again: seccomp, shadow stacks, linear address masking,
-//! System V semaphore adjustments. Cannot be seen, and so not kept: who may trace (`PR_SET_PTRACER`), system call user
+//! Refused, because they cannot be read in full or made again: seccomp, shadow stacks, linear address masking. Cannot be seen, and so not kept: who may trace (`PR_SET_PTRACER`), system call user
 //! dispatch, port permissions (`ioperm`). Begins anew: times, counts of faults and I/O, the audit session; the size of
 //! the private futex hash, which has no effect but on speed.
 
@@ -21,7 +20,7 @@ use crate::ourselves::{Capability, ourselves};
 use crate::procfs::{ProcDir, Status};
 use crate::resource::threads::{Answers, PR_SPEC_PRCTL};
 use crate::resource::{Check, Collect, OfProcess, OfThread, Rebuild, Resource};
-use crate::target::{Kcmp, Pid, RemotePtr};
+use crate::target::{Pid, RemotePtr};
 
 /// The settings of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -244,13 +243,6 @@ fn refuse_lost(context: &mut Collect<'_>) -> Result<(), DumpError> {
             "start the program without tagged addresses",
         ));
     }
-    if has_semaphore_adjustments(context)? {
-        refusals.push((
-            "System V semaphores".into(),
-            "there may be adjustments to be undone when the process ends (SEM_UNDO)".into(),
-            "have the program release its semaphores before the dump",
-        ));
-    }
     for (subject, why, help) in refusals {
         context.refuse(subject, why, help);
     }
@@ -270,37 +262,6 @@ fn has_our_seccomp(status: &Status) -> bool {
     let filters = seccomp_filters(status);
     filters > 0 && filters == seccomp_filters(ours) && status.field("Seccomp") == ours.field("Seccomp")
 }
-
-/// Whether the end of the process would undo what it did to System V semaphores (semop(2)).
-///
-/// The kernel does not show the list of it, only by `kcmp` whether there is one; and since a process gets one with its
-/// first thread, it only counts if the process was the last to operate on some semaphore.
-fn has_semaphore_adjustments(context: &mut Collect<'_>) -> Result<bool, DumpError> {
-    // ckpt itself has none, and what has none is equal in this. Without the right to compare us nothing is known.
-    let ours = Pid(std::process::id() as i32);
-    if context.target.compare(Kcmp::Sysvsem, 0, ours, 0).is_ok_and(|order| order.is_eq()) {
-        return Ok(false);
-    }
-    // A kernel without semaphores has no such file.
-    let sets = std::fs::read_to_string("/proc/sysvipc/sem").unwrap_or_default();
-    let number = |line: &str, column: usize| line.split_ascii_whitespace().nth(column)?.parse::<i32>().ok();
-    for line in sets.lines().skip(1) {
-        let (Some(set), Some(semaphores)) = (number(line, 1), number(line, 3)) else { continue };
-        for chunk in (0..semaphores).collect::<Vec<_>>().chunks(256) {
-            let mut batch = Batch::new();
-            let asked: Vec<_> =
-                chunk.iter().map(|&index| batch.try_call(Sysno::semctl, args![set, index, GETPID])).collect();
-            let replies = context.run(&batch)?;
-            if asked.iter().any(|&call| replies.result(call) == Ok(context.pid().0 as u64)) {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
-}
-
-/// Of `semctl`: who operated last.
-const GETPID: i32 = 11;
 
 /// The settings of a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -223,7 +223,7 @@ impl FileKind {
             FileKind::Device(device) => Some(&device.path),
             FileKind::File(file) => file.path(),
             FileKind::Fifo(fifo) => Some(&fifo.path),
-            FileKind::Terminal(terminal) => Some(&terminal.path),
+            FileKind::Terminal(terminal) => Some(terminal.path()),
             #[allow(unreachable_patterns)]
             _ => None,
         }

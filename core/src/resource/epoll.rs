@@ -273,8 +273,15 @@ fn find(context: &mut CollectFile<'_>, line: &Line, offset: u32) -> Result<Optio
             continue;
         }
         let slot = EpollSlot { target: line.fd, offset };
-        let (seen, from) = (context.seen, &context.targets[candidate.process]);
-        let order = from.compare(Kcmp::EpollTarget(slot), candidate.fd.0 as u64, seen.pid, seen.fd.0 as u64);
+        // By a descriptor of the same process where it has one, and of the same number if that leads there: not every
+        // backend can bring a file over and lend it a number that is in use.
+        let seen = context.seen;
+        let holders = &census.holders[file.0 as usize];
+        let same_number = holders.iter().find(|holder| **holder == (seen.process, line.fd));
+        let holder = same_number.or_else(|| holders.iter().find(|(process, _)| *process == seen.process));
+        let (process, fd) = holder.copied().unwrap_or((candidate.process, candidate.fd.0));
+        let from = &context.targets[process];
+        let order = from.compare(Kcmp::EpollTarget(slot), fd as u64, seen.pid, seen.fd.0 as u64);
         if order.map_err(|source| context.target_error(source))? == Ordering::Equal {
             return Ok(Some(file));
         }

@@ -26,6 +26,7 @@ pub mod scheduling;
 pub mod signalfd;
 pub mod signals;
 pub mod sockets;
+pub mod sysvipc;
 pub mod tasks;
 pub mod terminals;
 pub mod threads;
@@ -98,6 +99,7 @@ pub fn names() -> Vec<&'static str> {
         signals::ThreadSignals::NAME,
         timers::ProcessTimers::NAME,
         "registers",
+        sysvipc::NAME,
         tasks::NAME,
     ];
     names.extend(descriptors::KIND_NAMES);

@@ -1,8 +1,11 @@
-//! Terminals: a job of a terminal (`--shell-job`) goes on as a job of the restorer's.
+//! Terminals: a job of a terminal (`--shell-job`) goes on as a job of the restorer's; and pseudoterminals of which both sides
+//! are in the tree (`pseudo.rs`).
 //!
-//! The other side of a terminal, an emulator or a line, is never part of the tree, so that there is nothing to bring
+//! The other side of a job's terminal, an emulator or a line, is not part of the tree, so that there is nothing to bring
 //! back but the connection: descriptors of the job's terminal come to lead to the one that the restorer has, with the
 //! settings of the line discipline as they were (termios(3)). What was typed and not read stays with the old terminal.
+
+mod pseudo;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -20,9 +23,32 @@ use crate::resource::descriptors::{CollectFile, FileResource, OfFile, RebuildFil
 use crate::resource::{Check, Resource};
 use crate::target::Pid;
 
+pub use pseudo::{Master, Slave, examine, take_controlling, taken};
+
+/// An open terminal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Terminal {
+    /// The terminal that a job of a shell runs on.
+    Job(Job),
+    /// One side of a pseudoterminal of the tree.
+    Master(Master),
+    /// The other.
+    Slave(Slave),
+}
+
+impl Terminal {
+    pub fn path(&self) -> &Path {
+        match self {
+            Terminal::Job(Job { path, .. })
+            | Terminal::Master(Master { path, .. })
+            | Terminal::Slave(Slave { path, .. }) => path,
+        }
+    }
+}
+
 /// A descriptor of the job's terminal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Terminal {
+pub struct Job {
     /// Where it was, for people.
     pub path: PathBuf,
     /// It was opened as `/dev/tty`, and its link still says so.
@@ -37,7 +63,7 @@ pub const TERMIOS2: usize = 44;
 const TCGETS2: u32 = 0x802c_542a;
 const TCSETS2: u32 = 0x402c_542b;
 
-/// Terminals of shell jobs.
+/// Terminals of shell jobs, and pseudoterminals.
 pub struct Terminals;
 
 impl Resource for Terminals {
@@ -46,84 +72,29 @@ impl Resource for Terminals {
     type Saved = Terminal;
 
     fn collect(context: &mut CollectFile<'_>) -> Result<Terminal, DumpError> {
-        let seen = context.seen;
-        let by_dev_tty = number(seen) == DEV_TTY;
-        let mut saved = Terminal { path: PathBuf::from(&seen.link), by_dev_tty, settings: None };
-        if number(seen) == PTMX {
-            context.refuse(
-                "it is the master side of a pseudoterminal; those are not supported",
-                "dump only what runs inside of that terminal, with --shell-job",
-            );
-            return Ok(saved);
+        if number(context.seen) == PTMX {
+            return pseudo::collect_master(context);
         }
-        if let Some(master) = master_in_tree(context) {
-            context.refuse(
-                format!("its other side is in the tree as well ({master}); that is not supported"),
-                "dump only what runs inside of that terminal, with --shell-job",
-            );
-            return Ok(saved);
+        match pseudo::collect_slave(context)? {
+            Some(slave) => Ok(slave),
+            None => collect_job(context).map(Terminal::Job),
         }
-        if !context.options.shell_job {
-            context.refuse(
-                "it leads to a terminal",
-                "use --shell-job to have it go on as a job of the terminal of the restore, or start the program with \
-                 `ckpt run`",
-            );
-            return Ok(saved);
-        }
-        let others: Vec<&Seen> = context.census.seen[..context.id.0 as usize]
-            .iter()
-            .filter(|other| Terminals::claims(other) && number(other) != PTMX)
-            .collect();
-        // Opened as /dev/tty it is the controlling terminal, which the others are as well, or are refused.
-        let another =
-            others.iter().find(|other| !by_dev_tty && number(other) != DEV_TTY && number(other) != number(seen));
-        if let Some(another) = another {
-            let why = format!("it is another terminal than that of {}", another.subject());
-            context.refuse(why, "a job has one terminal: have the program close the other before the dump");
-        } else if others.is_empty() {
-            let mut batch = Batch::new();
-            let settings = batch.room(TERMIOS2);
-            let get = batch.try_call(Sysno::ioctl, args![seen.fd, TCGETS2, settings]);
-            let replies = context.run(&batch)?;
-            match replies.result(get) {
-                Ok(_) => saved.settings = replies.bytes(settings).try_into().ok(),
-                Err(Errno::EIO) => {
-                    context.refuse("its terminal was closed", "have the program close it before the dump")
-                }
-                Err(errno) => return Err(context.io_error("its settings cannot be read", errno.into())),
-            }
-        }
-        Ok(saved)
     }
 
     fn check(saved: &Terminal, context: &mut Check<'_>) {
-        let subject = saved.path.display().to_string();
-        if !context.options.shell_job {
-            context.refuse(
-                subject,
-                "the image is of a job of a terminal",
-                "use --shell-job to have it go on as a job of this terminal",
-            );
-        } else if our_terminal().is_none() {
-            context.refuse(
-                subject,
-                "the image is of a job of a terminal, and ckpt has no terminal here",
-                "restore it from a terminal, or under script(1)",
-            );
+        match saved {
+            Terminal::Job(job) => check_job(job, context),
+            Terminal::Master(master) => pseudo::check_master(master, context),
+            Terminal::Slave(slave) => pseudo::check_slave(slave, context),
         }
     }
 
     fn rebuild(saved: &Terminal, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
-        let access = OFlag::from_bits_truncate(context.file().flags & libc::O_ACCMODE);
-        let flags = access | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let named = if saved.by_dev_tty { None } else { our_terminal() };
-        let path = named.unwrap_or_else(|| PathBuf::from("/dev/tty"));
-        let terminal = nix::fcntl::open(&path, flags, Mode::empty()).map_err(|errno| RestoreError::Io {
-            what: format!("the terminal {}", path.display()),
-            source: errno.into(),
-        })?;
-        context.give(context.id, context.process(), terminal)
+        match saved {
+            Terminal::Job(job) => rebuild_job(job, context),
+            Terminal::Master(master) => pseudo::rebuild_master(master, context),
+            Terminal::Slave(slave) => pseudo::rebuild_slave(slave, context),
+        }
     }
 }
 
@@ -137,7 +108,12 @@ impl FileResource for Terminals {
     }
 
     fn finish(saved: &Terminal, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
-        let Some(settings) = saved.settings else { return Ok(()) };
+        let settings = match saved {
+            Terminal::Job(job) => job.settings,
+            Terminal::Master(master) => return pseudo::finish_master(master, context),
+            Terminal::Slave(_) => None,
+        };
+        let Some(settings) = settings else { return Ok(()) };
         let process = context.process();
         let fd = context.bring(context.id, process)?;
         let mut batch = Batch::new();
@@ -147,6 +123,68 @@ impl FileResource for Terminals {
     }
 }
 
+fn collect_job(context: &mut CollectFile<'_>) -> Result<Job, DumpError> {
+    let seen = context.seen;
+    let by_dev_tty = number(seen) == DEV_TTY;
+    let mut saved = Job { path: PathBuf::from(&seen.link), by_dev_tty, settings: None };
+    if !context.options.shell_job {
+        context.refuse(
+            "it leads to a terminal",
+            "use --shell-job to have it go on as a job of the terminal of the restore, or start the program with \
+                 `ckpt run`",
+        );
+        return Ok(saved);
+    }
+    let others: Vec<&Seen> = context.census.seen[..context.id.0 as usize]
+        .iter()
+        .filter(|other| Terminals::claims(other) && number(other) != PTMX && !pseudo::is_of_tree(context.census, other))
+        .collect();
+    // Opened as /dev/tty it is the controlling terminal, which the others are as well, or are refused.
+    let another = others.iter().find(|other| !by_dev_tty && number(other) != DEV_TTY && number(other) != number(seen));
+    if let Some(another) = another {
+        let why = format!("it is another terminal than that of {}", another.subject());
+        context.refuse(why, "a job has one terminal: have the program close the other before the dump");
+    } else if others.is_empty() {
+        let mut batch = Batch::new();
+        let settings = batch.room(TERMIOS2);
+        let get = batch.try_call(Sysno::ioctl, args![seen.fd, TCGETS2, settings]);
+        let replies = context.run(&batch)?;
+        match replies.result(get) {
+            Ok(_) => saved.settings = replies.bytes(settings).try_into().ok(),
+            Err(Errno::EIO) => context.refuse("its terminal was closed", "have the program close it before the dump"),
+            Err(errno) => return Err(context.io_error("its settings cannot be read", errno.into())),
+        }
+    }
+    Ok(saved)
+}
+
+fn check_job(saved: &Job, context: &mut Check<'_>) {
+    let subject = saved.path.display().to_string();
+    if !context.options.shell_job {
+        context.refuse(
+            subject,
+            "the image is of a job of a terminal",
+            "use --shell-job to have it go on as a job of this terminal",
+        );
+    } else if our_terminal().is_none() {
+        context.refuse(
+            subject,
+            "the image is of a job of a terminal, and ckpt has no terminal here",
+            "restore it from a terminal, or under script(1)",
+        );
+    }
+}
+
+fn rebuild_job(saved: &Job, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+    let access = OFlag::from_bits_truncate(context.file().flags & libc::O_ACCMODE);
+    let flags = access | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+    let named = if saved.by_dev_tty { None } else { our_terminal() };
+    let path = named.unwrap_or_else(|| PathBuf::from("/dev/tty"));
+    let terminal = nix::fcntl::open(&path, flags, Mode::empty())
+        .map_err(|errno| RestoreError::Io { what: format!("the terminal {}", path.display()), source: errno.into() })?;
+    context.give(context.id, context.process(), terminal)
+}
+
 /// `/dev/tty` and `/dev/ptmx`.
 const DEV_TTY: (u32, u32) = (5, 0);
 const PTMX: (u32, u32) = (5, 2);
@@ -154,19 +192,6 @@ const PTMX: (u32, u32) = (5, 2);
 /// Major and minor number.
 fn number(seen: &Seen) -> (u32, u32) {
     (libc::major(seen.stat.st_rdev), libc::minor(seen.stat.st_rdev))
-}
-
-/// The master of a pseudoterminal, if it is in the tree: its fdinfo has the number of the other side.
-fn master_in_tree(context: &CollectFile<'_>) -> Option<String> {
-    let (major, minor) = number(context.seen);
-    if !(136..=143).contains(&major) {
-        return None;
-    }
-    let masters = context.census.seen.iter().filter(|other| Terminals::claims(other) && number(other) == PTMX);
-    masters
-        .filter(|master| master.info.field("tty-index").and_then(|index| index.parse().ok()) == Some(minor))
-        .map(|master| format!("{} of process {}", master.subject(), master.pid))
-        .next()
 }
 
 /// The terminal of ckpt: its controlling terminal, or what its standard descriptors lead to.

@@ -116,6 +116,7 @@ wire_struct! {
 wire_enum! {
     pub enum ObjectKindV1 for ckpt_core::resource::memory::ObjectKind {
         Anonymous,
+        Segment { id: i32, key: i32 },
         Memfd { name: Bytes, flags: u32, seals: u32, mode: u32, uid: u32, gid: u32 },
     }
 }

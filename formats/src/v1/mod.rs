@@ -38,6 +38,7 @@ pub mod scheduling;
 pub mod signalfd;
 pub mod signals;
 pub mod sockets;
+pub mod sysvipc;
 pub mod tasks;
 pub mod terminals;
 pub mod timerfd;
@@ -83,6 +84,7 @@ wire_struct! {
         memory_objects: Vec<memory::ObjectV1>,
         deleted_files: Vec<files::DeletedFileV1>,
         locks: Vec<locks::LockV1>,
+        sysvipc: sysvipc::SystemVV1,
         shell_job: bool,
         losses: Vec<String>,
     }

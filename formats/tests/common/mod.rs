@@ -49,6 +49,7 @@ pub fn rich_image() -> Image {
             && image.processes.iter().any(|process| process.threads.len() > 1)
             && !image.zombies.is_empty()
             && !image.locks.is_empty()
+            && !image.sysvipc.segments.is_empty()
             && mappings().any(|mapping| !mapping.pages.is_empty())
             && mappings().any(|mapping| matches!(mapping.source, Source::Object { .. }))
             && image.memory_objects.iter().any(|object| !object.pages.is_empty())

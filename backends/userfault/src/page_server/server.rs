@@ -79,7 +79,8 @@ impl PageServer {
                 note(format!("{peer}: sent away, as {MOST_CONNECTIONS} connections are open"));
                 continue;
             }
-            std::thread::spawn(move || {
+            let (begun, noted) = (shared.clone(), note.clone());
+            let attending = std::thread::Builder::new().spawn(move || {
                 if let Err(error) = attend(&shared, stream)
                     && error.kind() != io::ErrorKind::UnexpectedEof
                 {
@@ -87,6 +88,10 @@ impl PageServer {
                 }
                 shared.connections.fetch_sub(1, Ordering::SeqCst);
             });
+            if let Err(error) = attending {
+                begun.connections.fetch_sub(1, Ordering::SeqCst);
+                noted(format!("{peer}: sent away, as no thread can be started: {error}"));
+            }
         }
     }
 }

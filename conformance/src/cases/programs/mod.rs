@@ -1,5 +1,6 @@
 //! Real programs, each judged by its own result or by its clients, through five rounds of dump and restore in a row.
 
+mod nginx;
 mod redis;
 
 use std::path::Path;
@@ -20,7 +21,28 @@ pub fn cases() -> Vec<Case> {
             script(deleted_executable, &[("/bin/bash", "bash"), ("/usr/bin/cmp", "diffutils")]),
         )
         .needs(&["deleted executables"]),
+        Case::program("programs/java", RESOURCES, script(java, &[("/usr/bin/java", "default-jre-headless")])),
+        Case::program(
+            "programs/nginx",
+            &["epoll", "eventfd", "files", "inet_sockets", "memory", "tasks", "unix_sockets"],
+            nginx::program(),
+        ),
+        Case::program("programs/node", RESOURCES, script(node, &[("/usr/bin/node", "nodejs")])),
+        Case::program(
+            "programs/numpy",
+            &["memory", "registers", "tasks"],
+            script(numpy, &[("/usr/lib/python3/dist-packages/numpy/__init__.py", "python3-numpy")]),
+        ),
         Case::program("programs/perl", RESOURCES, script(perl, &[("/usr/bin/perl", "perl")])),
+        Case::program(
+            "programs/postgresql",
+            &["credentials", "files", "memory", "pipes", "sysvipc", "tasks", "unix_sockets"],
+            script(
+                postgresql,
+                &[("/usr/share/postgresql-common/pg_wrapper", "postgresql"), ("/usr/bin/setpriv", "util-linux")],
+            ),
+        )
+        .needs(&["PostgreSQL"]),
         Case::program(
             "programs/python",
             &["files", "locks", "memory", "registers", "signals", "tasks"],
@@ -31,6 +53,17 @@ pub fn cases() -> Vec<Case> {
             &["epoll", "files", "inet_sockets", "memory", "pipes", "registers", "tasks", "unix_sockets"],
             redis::program(),
         ),
+        Case::program(
+            "programs/tmux",
+            &["files", "tasks", "terminals", "unix_sockets"],
+            script(tmux, &[("/usr/bin/tmux", "tmux"), ("/usr/bin/cmp", "diffutils")]),
+        ),
+        Case::program(
+            "programs/vim",
+            &["files", "tasks", "terminals"],
+            script(vim, &[("/usr/bin/python3", "python3"), ("/usr/bin/vim", "vim")]),
+        )
+        .needs(&["vim"]),
         Case::with_root("programs/worker", RESOURCES, Root::Subject(worker::worker), 5),
     ]
     .into_iter()
@@ -52,6 +85,51 @@ fn bash(_dir: &Path) -> Command {
 fn deleted_executable(_dir: &Path) -> Command {
     let mut command = Command::new("/bin/bash");
     command.args(["-c", "cp /bin/bash shell && exec ./shell -c \"$0\"", include_str!("deleted_executable.bash")]);
+    command
+}
+
+fn java(dir: &Path) -> Command {
+    let source = dir.join("Work.java");
+    // If it cannot be written, java says so.
+    _ = std::fs::write(&source, include_str!("Work.java"));
+    let mut command = Command::new("/usr/bin/java");
+    // No threads that come and go, and no file that a JVM of another pid namespace takes for a dead one's.
+    command.args(["-XX:-UseDynamicNumberOfCompilerThreads", "-XX:-UseDynamicNumberOfGCThreads", "-XX:-UsePerfData"]);
+    command.arg(source);
+    command
+}
+
+fn node(dir: &Path) -> Command {
+    let source = dir.join("work.js");
+    _ = std::fs::write(&source, include_str!("node.js"));
+    let mut command = Command::new("/usr/bin/node");
+    command.arg(source);
+    command
+}
+
+fn numpy(_dir: &Path) -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    command.args(["-c", include_str!("numpy_work.py")]);
+    command
+}
+
+fn postgresql(dir: &Path) -> Command {
+    let source = dir.join("postgresql.bash");
+    _ = std::fs::write(&source, include_str!("postgresql.bash"));
+    let mut command = Command::new("/bin/bash");
+    command.arg(source);
+    command
+}
+
+fn tmux(_dir: &Path) -> Command {
+    let mut command = Command::new("/bin/bash");
+    command.args(["-c", include_str!("tmux.bash"), "tmux.bash"]);
+    command
+}
+
+fn vim(_dir: &Path) -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    command.args(["-c", include_str!("vim.py")]);
     command
 }
 

@@ -9,7 +9,7 @@ use crate::backend::RestoreOptions;
 use crate::batch::{Arg, Batch, CallId, Replies, Sysno};
 use crate::error::RestoreError;
 use crate::image::Image;
-use crate::resource::memory;
+use crate::resource::{memory, terminals};
 use crate::store::ImageReader;
 use crate::target::{RemoteFd, Target, TargetError};
 
@@ -30,6 +30,8 @@ pub struct Placed {
     numbers: Vec<Vec<(usize, Descriptor)>>,
     /// By process: calls that wait, so that one round trip makes many files.
     pending: Vec<Pending>,
+    /// Masters of pseudoterminals that control a session already, by their numbers.
+    masters: HashMap<u32, OwnedFd>,
 }
 
 /// Looks at the results of calls that were put off: what is wrong with them.
@@ -75,6 +77,11 @@ impl RebuildFile<'_> {
     /// This file, with its flags and owner.
     pub fn file(&self) -> &OpenFile {
         &self.image.files[self.id.0 as usize]
+    }
+
+    /// The master of a pseudoterminal that controls its session already.
+    pub fn taken(&mut self, number: u32) -> Option<OwnedFd> {
+        self.placed.masters.remove(&number)
     }
 
     /// Runs a batch in a process, after what waits for it.
@@ -373,6 +380,7 @@ pub fn rebuild(
         places: vec![Vec::new(); image.files.len()],
         numbers: vec![Vec::new(); image.files.len()],
         pending: Vec::new(),
+        masters: terminals::taken(targets, image)?,
     };
     placed.pending.resize_with(targets.len(), Pending::default);
     for (index, process) in image.processes.iter().enumerate() {

@@ -66,10 +66,19 @@ impl Looks {
             return Ok(Looks { files: files.into_iter(), ahead: None });
         }
         let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || {
+        let (work, accepted) = mpsc::channel::<Vec<Files>>();
+        let reading = std::thread::Builder::new().spawn(move || {
             // Nobody listens any more once the dump has failed.
-            files.into_iter().try_for_each(|files| sender.send(look(files)))
+            accepted.into_iter().flatten().try_for_each(|files| sender.send(look(files)))
         });
+        if reading.is_err() {
+            // No more threads may be started: each is read when it is asked for.
+            return Ok(Looks { files: files.into_iter(), ahead: None });
+        }
+        work.send(files).map_err(|_| DumpError::Io {
+            what: "reading smaps ahead".into(),
+            source: io::Error::other("the thread that does it has ended"),
+        })?;
         Ok(Looks { files: Vec::new().into_iter(), ahead: Some(receiver) })
     }
 
@@ -155,7 +164,7 @@ fn collect_mapping(
         Source::Vdso
     } else if name.starts_with(b"[vvar") {
         Source::Vvar
-    } else if found.inode != 0 {
+    } else if found.inode != 0 || segment_key(found).is_some() {
         match file_source(context, objects, found)? {
             Some(source) => source,
             None => return Ok(None),
@@ -201,6 +210,17 @@ fn file_source(
     objects: &mut Objects,
     found: &procfs::Mapping,
 ) -> Result<Option<Source>, DumpError> {
+    // Its inode number is its id, which an inode of another kind may have as well.
+    if let Some(key) = segment_key(found) {
+        return match objects.add_segment(context.target, found, key) {
+            Ok(Ok(id)) => Ok(Some(Source::Object { id, offset: found.offset, writable: found.has("mw") })),
+            Ok(Err(why)) => {
+                context.refuse(subject(found), why, "have the program detach it (shmdt) before the dump");
+                Ok(None)
+            }
+            Err(source) => Err(context.target_error(source)),
+        };
+    }
     let path = format!("map_files/{:x}-{:x}", found.start, found.end);
     let proc = context.target.proc();
     let key = (found.major, found.minor, found.inode);
@@ -243,8 +263,8 @@ fn file_source(
             Err(error) => Err(context.io_error(&path, error)),
         };
     }
-    if text.starts_with(b"/SYSV") || text.starts_with(b"/[aio]") || text.starts_with(b"anon_inode:") {
-        let why = "memory of System V segments, asynchronous I/O and the like is not supported";
+    if text.starts_with(b"/[aio]") || text.starts_with(b"anon_inode:") {
+        let why = "memory of asynchronous I/O and the like is not supported";
         context.refuse(subject(found), why, "have the program release it before the dump");
         return Ok(None);
     }
@@ -271,6 +291,13 @@ fn file_source(
             Ok(None)
         }
     }
+}
+
+/// The key in the name of a System V segment: `/SYSV0000002a (deleted)`, on no device.
+fn segment_key(found: &procfs::Mapping) -> Option<i32> {
+    let key = found.name.to_str()?.strip_prefix("/SYSV")?.strip_suffix(" (deleted)")?;
+    let key = u32::from_str_radix(key, 16).ok()?;
+    (found.major == 0 && found.shared).then_some(key as i32)
 }
 
 /// Whether a `stat` is of what is mapped, by what `maps` shows.

@@ -110,7 +110,8 @@ fn fill(
     let Some(helper) = helper else { return fill_by_target(target, &queue, reader, &mut |bytes| done(bytes)) };
     let copied = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let helping = scope.spawn(|| {
+        // Where no more threads may be started, the target does it all.
+        let helping = std::thread::Builder::new().spawn_scoped(scope, || {
             crew::leave_pin();
             let result = fill_by_us(&*helper, &queue, reader, &copied);
             if result.is_err() {
@@ -123,7 +124,7 @@ fn fill(
         if result.is_err() {
             queue.lock().expect("no panic").clear();
         }
-        let helped = helping.join().expect("no panic");
+        let helped = helping.map_or(Ok(()), |helping| helping.join().expect("no panic"));
         done(copied.swap(0, Ordering::Relaxed));
         result?;
         helped.map_err(|failure| match failure {

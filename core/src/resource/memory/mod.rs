@@ -147,6 +147,8 @@ pub struct Object {
 pub enum ObjectKind {
     /// `mmap(MAP_SHARED | MAP_ANONYMOUS)`.
     Anonymous,
+    /// A System V segment (see [`sysvipc`](crate::resource::sysvipc)), with its id and the key in the name of its mappings.
+    Segment { id: i32, key: i32 },
     /// `memfd_create`, with its name, the flags it must be made with, and its seals.
     Memfd { name: Vec<u8>, flags: u32, seals: u32, mode: u32, uid: u32, gid: u32 },
 }

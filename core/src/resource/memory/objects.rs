@@ -1,7 +1,9 @@
-//! Memory that no path leads to and that mappings and descriptors share: `MAP_SHARED | MAP_ANONYMOUS`, and memfds.
+//! Memory that no path leads to and that mappings and descriptors share: `MAP_SHARED | MAP_ANONYMOUS`, memfds, and System V
+//! segments.
 //!
 //! Such an object is saved once for the tree, by its inode, and made again once: a memfd by `memfd_create`, anonymous
-//! shared memory by a mapping in the first process, whose file `/proc/PID/map_files` gives to everyone.
+//! shared memory by a mapping in the first process, whose file `/proc/PID/map_files` gives to everyone. A segment is there
+//! already (see [`sysvipc`]): it is attached in the first process while its content is brought in.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -23,6 +25,7 @@ use crate::error::{DumpError, RestoreError};
 use crate::progress::Meter;
 use crate::resource::files::{DeletedFiles, Located, attribute_names};
 use crate::resource::memory::{NAME, Object, ObjectId, ObjectKind, Pages};
+use crate::resource::sysvipc;
 use crate::store::{ImageReader, ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
 
@@ -35,6 +38,8 @@ pub struct Objects {
     pub(super) known: HashMap<(u32, u32, u64), Known>,
     found: Vec<Found>,
     by_inode: HashMap<(u64, u64), ObjectId>,
+    /// By their ids.
+    segments: HashMap<i32, ObjectId>,
 }
 
 /// What a mapped inode is.
@@ -62,6 +67,8 @@ pub struct Rebuilt {
     pub objects: Vec<OwnedFd>,
     /// The deleted files, by [`DeletedId`](crate::resource::files::DeletedId), open for reading and writing.
     pub deleted: Vec<OwnedFd>,
+    /// Which of the objects are System V segments, with their ids: these are attached and not mapped.
+    pub segments: HashMap<ObjectId, i32>,
 }
 
 /// The name of a memfd, from what its link says.
@@ -158,6 +165,68 @@ impl Objects {
         let object = Object { kind: ObjectKind::Anonymous, size: end, pages: Vec::new() };
         self.found.push(Found { object, content });
         Ok(Ok(id))
+    }
+
+    /// Notes a System V segment that is mapped. The inner error says why it cannot be saved.
+    pub(super) fn add_segment(
+        &mut self,
+        target: &mut dyn Target,
+        mapping: &crate::procfs::Mapping,
+        key: i32,
+    ) -> Result<Result<ObjectId, String>, TargetError> {
+        let number = mapping.inode as i32;
+        if let Some(&known) = self.segments.get(&number) {
+            return Ok(Ok(known));
+        }
+        let pid = target.pid();
+        let failed = |source| TargetError::Driver { pid, operation: "looking at a System V segment", source };
+        let Some(size) = sysvipc::segment_size(number).map_err(failed)? else {
+            return Ok(Err("this System V segment is of another ipc namespace".into()));
+        };
+        let path = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
+        let content = match target.proc().open_with(path, OFlag::O_RDONLY) {
+            Ok(content) => content,
+            // To follow these links takes CAP_CHECKPOINT_RESTORE.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                match sysvipc::copy_segment(target, number, size)? {
+                    Some(content) => {
+                        punch_zeros(&content, size).map_err(failed)?;
+                        content
+                    }
+                    None => return Ok(Err("this System V segment may not be read, or is larger than 2 GiB".into())),
+                }
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(Ok(self.push_segment(number, key, size, content)))
+    }
+
+    fn push_segment(&mut self, number: i32, key: i32, size: u64, content: File) -> ObjectId {
+        let id = ObjectId(self.found.len() as u32);
+        self.segments.insert(number, id);
+        let object = Object { kind: ObjectKind::Segment { id: number, key }, size, pages: Vec::new() };
+        self.found.push(Found { object, content });
+        id
+    }
+
+    /// Notes a System V segment that nobody has attached, by a copy of it.
+    pub fn add_copy(&mut self, number: i32, key: i32, size: u64, copy: OwnedFd) -> io::Result<ObjectId> {
+        let content = File::from(copy);
+        punch_zeros(&content, size)?;
+        Ok(self.push_segment(number, key, size, content))
+    }
+
+    /// The System V segments that were found, by their ids.
+    pub fn segments(&self) -> HashMap<i32, ObjectId> {
+        self.segments.clone()
+    }
+
+    /// The key in the name of a segment.
+    pub fn segment_key(&self, id: ObjectId) -> i32 {
+        match self.found.get(id.0 as usize).map(|found| &found.object.kind) {
+            Some(ObjectKind::Segment { key, .. }) => *key,
+            _ => 0,
+        }
     }
 
     /// Writes the content of all objects into the image.
@@ -274,10 +343,15 @@ pub(super) fn rebuild(
     reader: &dyn ImageReader,
     deleted: Vec<OwnedFd>,
 ) -> Result<Rebuilt, RestoreError> {
-    let mut objects = Vec::new();
+    let (mut objects, mut segments) = (Vec::new(), HashMap::new());
     for object in &reader.image().memory_objects {
         let fd = match &object.kind {
             ObjectKind::Anonymous => make_anonymous(&mut *targets[0], object.size)?,
+            ObjectKind::Segment { id, .. } => {
+                segments.insert(ObjectId(objects.len() as u32), *id);
+                objects.push(fill_segment(&mut *targets[0], *id, object, reader)?);
+                continue;
+            }
             ObjectKind::Memfd { name, flags, mode, uid, gid, .. } => {
                 make_memfd(name, *flags, *mode, *uid, *gid, object.size).map_err(rebuild_failed)?
             }
@@ -288,7 +362,7 @@ pub(super) fn rebuild(
         }
         objects.push(fd);
     }
-    Ok(Rebuilt { objects, deleted })
+    Ok(Rebuilt { objects, deleted, segments })
 }
 
 /// Seals that would keep the mappings from being made: of future writable ones, and the seal on seals.
@@ -349,6 +423,55 @@ fn make_anonymous(target: &mut dyn Target, size: u64) -> Result<OwnedFd, Restore
     batch.call(Sysno::munmap, args![RemotePtr(mapped), size]);
     target.run(&batch).map_err(failed)?;
     Ok(file.map_err(rebuild_failed)?.into())
+}
+
+/// Brings in the content of a System V segment, in the place of what may be in it.
+fn fill_segment(
+    target: &mut dyn Target,
+    id: i32,
+    object: &Object,
+    reader: &dyn ImageReader,
+) -> Result<OwnedFd, RestoreError> {
+    let pid = target.pid();
+    let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
+    let size = object.size.next_multiple_of(PAGE_SIZE);
+    let mut batch = Batch::new();
+    let attached = batch.call(Sysno::shmat, args![id, 0, 0]);
+    batch.call(Sysno::madvise, args![attached, size, libc::MADV_REMOVE]);
+    let start = target.run(&batch).map_err(failed)?.value(attached);
+    let link = format!("map_files/{start:x}-{:x}", start + size);
+    let file = match target.proc().open_with(link, OFlag::O_RDWR) {
+        Ok(file) => {
+            let file = OwnedFd::from(file);
+            read_object(object, &file, reader)?;
+            file
+        }
+        // Without CAP_CHECKPOINT_RESTORE the link may not be followed: the process reads a copy into its own memory.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let copy = memfd_create(c"segment", MFdFlags::MFD_CLOEXEC).map_err(|errno| rebuild_failed(errno.into()))?;
+            ftruncate(&copy, object.size as i64).map_err(|errno| rebuild_failed(errno.into()))?;
+            read_object(object, &copy, reader)?;
+            let theirs = target.fds_in(&[copy.as_fd()]).map_err(failed)?[0];
+            for run in &object.pages {
+                let (mut at, end) = (run.start, (run.start + run.extent.pages * PAGE_SIZE).min(object.size));
+                while at < end {
+                    let mut batch = Batch::new();
+                    let read = batch.call(Sysno::pread64, args![theirs, start + at, end - at, at]);
+                    match target.run(&batch).map_err(failed)?.value(read) {
+                        0 => return Err(rebuild_failed(io::ErrorKind::UnexpectedEof.into())),
+                        read => at += read,
+                    }
+                }
+            }
+            target.fds_done(&[theirs]).map_err(failed)?;
+            copy
+        }
+        Err(error) => return Err(rebuild_failed(error)),
+    };
+    let mut batch = Batch::new();
+    batch.call(Sysno::shmdt, args![RemotePtr(start)]);
+    target.run(&batch).map_err(failed)?;
+    Ok(file)
 }
 
 fn read_object(object: &Object, fd: &OwnedFd, reader: &dyn ImageReader) -> Result<(), RestoreError> {

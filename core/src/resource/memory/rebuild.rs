@@ -89,8 +89,9 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
     // Objects and deleted files that this process maps come in by descriptor.
     let all: Vec<&OwnedFd> = rebuilt.objects.iter().chain(&rebuilt.deleted).collect();
+    let used = |mapping| ours(mapping, rebuilt.objects.len());
     let mut used: Vec<usize> =
-        memory.mappings.iter().filter_map(|mapping| ours(mapping, rebuilt.objects.len())).collect();
+        memory.mappings.iter().filter(|mapping| segment(mapping, rebuilt).is_none()).filter_map(used).collect();
     used.sort_unstable();
     used.dedup();
     let fds: Vec<_> = used.iter().map(|&index| all[index].as_fd()).collect();
@@ -115,6 +116,10 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
             mapper.batch.call(Sysno::mremap, args![parked.start, size, size, flags, mapping.start]);
             continue;
         }
+        if let Some((id, offset, writable)) = segment(mapping, rebuilt) {
+            attach(mapping, id, offset, writable, &mut mapper.batch);
+            continue;
+        }
         let (file, offset) = mapper.source(mapping, rebuilt.objects.len(), &passed);
         let address = mapping.start;
         let size = mapping.end - mapping.start;
@@ -137,6 +142,24 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
         mapper.batch.call(Sysno::close, args![*fd]);
     }
     mapper.run()
+}
+
+/// Of a mapping of a System V segment: its id, the offset, and whether it may be made writable.
+fn segment(mapping: &Mapping, rebuilt: &Rebuilt) -> Option<(i32, u64, bool)> {
+    let Source::Object { id, offset, writable } = mapping.source else { return None };
+    Some((*rebuilt.segments.get(&id)?, offset, writable))
+}
+
+/// A segment is attached as a whole, and may be several mappings since. The plan has looked that all of it is there.
+fn attach(mapping: &Mapping, id: i32, offset: u64, writable: bool, batch: &mut Batch) {
+    let (flags, first) =
+        if writable { (0, libc::PROT_READ | libc::PROT_WRITE) } else { (libc::SHM_RDONLY, libc::PROT_READ) };
+    if offset == 0 {
+        batch.call(Sysno::shmat, args![id, mapping.start, flags]);
+    }
+    if mapping.protection != first {
+        batch.call(Sysno::mprotect, args![mapping.start, mapping.end - mapping.start, mapping.protection]);
+    }
 }
 
 /// The index of what a mapping needs of ours: objects first, then deleted files.

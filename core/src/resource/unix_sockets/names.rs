@@ -66,8 +66,12 @@ impl Hideout {
         if leads_upwards(name.as_os_str().as_bytes()) {
             return Err(context.mismatch(format!("its name {} leads upwards, and its file is gone", name.display())));
         }
-        let pid = std::process::id();
-        let directory = std::env::temp_dir().join(format!(".ckpt-sockets-{pid}-{}", context.id.0));
+        // A name that nobody has, nor can have guessed: another pid namespace may have a ckpt with our pid.
+        let directory = std::env::temp_dir().join(".ckpt-sockets-XXXXXX");
+        let directory = nix::unistd::mkdtemp(&directory).map_err(|errno| RestoreError::Io {
+            what: format!("a directory like {}", directory.display()),
+            source: errno.into(),
+        })?;
         let hideout = Hideout { directory, absolute: name.is_absolute() };
         let below = name.strip_prefix("/").unwrap_or(name).parent().unwrap_or(Path::new(""));
         let whole = hideout.directory.join(below);
