@@ -49,7 +49,7 @@ impl Program for Postgresql {
     }
 
     fn absent(&self) -> Option<String> {
-        programs().is_none().then(|| "/usr/lib/postgresql is not there; ./ci bench-deps installs it".into())
+        programs().is_none().then(|| "/usr/lib/postgresql is not there; ./ci deps installs it".into())
     }
 
     fn prepare(&self, place: &Path) -> Result<(Command, Box<dyn Session>), String> {

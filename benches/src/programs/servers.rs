@@ -40,7 +40,7 @@ impl Program for Server {
 
     fn absent(&self) -> Option<String> {
         if on_path(self.name).is_none() {
-            return Some(format!("{} is not on PATH; ./ci bench-deps installs it", self.name));
+            return Some(format!("{} is not on PATH; ./ci deps installs it", self.name));
         }
         // Java runs a source file with its compiler only.
         let modules = || Command::new("java").arg("--list-modules").output().map(|output| output.stdout);
