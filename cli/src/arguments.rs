@@ -17,7 +17,8 @@ Exit codes:
 Every error is a line `ckpt: error: ...` on standard error; several reasons are
 a line each. `run` and `restore` without --detach end as the program ends: with
 its exit code, or by its signal (the shell shows 128 + its number). --pidfile
-tells the two apart: that file is there if and only if the program went on.";
+tells the two apart: that file is there if and only if the program went on.
+`run --on-signal` ends with 85 when it has saved the command and ended it.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -63,6 +64,7 @@ pub enum Verb {
     Dump(crate::dump::Dump),
     Restore(crate::restore::Restore),
     Run(crate::run::Run),
+    Ps(crate::ps::Ps),
     Show(crate::show::Show),
     Check(crate::check::Check),
     Backends(crate::backends::Backends),

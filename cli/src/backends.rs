@@ -30,6 +30,13 @@ pub fn find(name: Option<&str>) -> anyhow::Result<&'static Backend> {
     })
 }
 
+/// The backend for a process where none was named and the usual one may not be used here: that of its shim, if it has one.
+pub fn for_process(pid: ckpt_core::Pid) -> Option<&'static str> {
+    let usual = find(None).ok()?;
+    let unusable = matches!((usual.probe)().dump, Availability::Unavailable(_));
+    (unusable && ckpt_preload::find::has_shim(pid)).then_some("preload")
+}
+
 /// The dumper of a backend, if this host lets it work.
 pub fn dumper(name: Option<&str>) -> anyhow::Result<Box<dyn Dumper>> {
     let backend = find(name)?;

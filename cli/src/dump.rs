@@ -82,6 +82,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 pub fn run(backend: Option<&str>, verb: &Dump) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
+    let backend = backend.or_else(|| backends::for_process(verb.pid));
     let dumper = backends::dumper(backend)?;
     sys::interrupt_on_signals();
     let store = ckpt_formats::create(&verb.directory)?;
@@ -93,6 +94,11 @@ pub fn run(backend: Option<&str>, verb: &Dump) -> anyhow::Result<ExitCode> {
     let mut bar = Bar::new();
     let summary = ckpt_core::dump::dump(&*dumper, verb.pid, &verb.how.options(), after, store, &mut bar)?;
     drop(bar);
+    // A hint for restores whose memory follows: no reason to fail.
+    let guessed = ckpt_formats::open(&verb.directory).map_err(|error| error.to_string());
+    if let Err(why) = guessed.and_then(|image| ckpt_userfault::leave_first_guess(&verb.directory, &*image)) {
+        tracing::info!("{why}");
+    }
     output::tell(&format!(
         "saved process {} ({}, {}, {} of memory) to {} in {}{}",
         verb.pid,

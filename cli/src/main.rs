@@ -13,7 +13,9 @@ mod human;
 mod man;
 mod output;
 mod page_server;
+mod periodic;
 mod progress;
+mod ps;
 mod restore;
 mod run;
 mod show;
@@ -50,6 +52,7 @@ fn verb(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Dump(verb) => dump::run(backend, verb),
         Verb::Restore(verb) => restore::run(backend, verb),
         Verb::Run(verb) => run::run(backend, verb),
+        Verb::Ps(verb) => ps::run(verb),
         Verb::Show(verb) => show::run(verb),
         Verb::Check(verb) => check::run(backend, verb),
         Verb::Backends(verb) => backends::run(backend, verb),

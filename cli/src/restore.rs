@@ -17,9 +17,10 @@ use ckpt_core::restore::prepare;
 use ckpt_core::store::ImageReader;
 use ckpt_core::{Pid, RestoreError, Restorer};
 
-use ckpt_userfault::{Figures, OnLoss, Pager, PagesFrom, Stub, Token, Told, UserfaultRestorer, WorkingSetUse};
+use ckpt_userfault::{Figures, OnLoss, Pager, PagesFrom, Stub, Told, UserfaultRestorer, WorkingSetUse};
 
 use crate::failure::Usage;
+use crate::page_server::Shown;
 use crate::progress::Bar;
 use crate::supervise::{self, Chore, Terminal};
 use crate::{backends, human, output, sys};
@@ -77,12 +78,11 @@ pub struct Restore {
     ignore_working_set: bool,
 
     /// Get the image from a page server: -D is its name there
-    #[arg(long, value_name = "HOST:PORT", requires = "token_file", conflicts_with = "record_working_set", help_heading = LAZY)]
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "record_working_set", help_heading = LAZY)]
     pages_from: Option<String>,
 
-    /// The file with the secret of the page server
-    #[arg(long, value_name = "FILE", requires = "pages_from", help_heading = LAZY)]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    shown: Shown,
 
     /// How long the page server may be gone before the tree is given up (30)
     #[arg(long, value_name = "SECONDS", requires = "pages_from", help_heading = LAZY)]
@@ -111,12 +111,17 @@ enum Loss {
 
 impl Restore {
     fn page_server(&self) -> anyhow::Result<Option<PagesFrom>> {
-        let (Some(address), Some(token)) = (&self.pages_from, &self.token_file) else { return Ok(None) };
+        let Some(address) = &self.pages_from else {
+            if self.shown.is_given() {
+                return Err(Usage("tokens and certificates go with --pages-from".into()).into());
+            }
+            return Ok(None);
+        };
         let image = self.directory.to_str().ok_or_else(|| Usage("the image's name must be UTF-8".into()))?;
         Ok(Some(PagesFrom {
             address: address.clone(),
             image: image.to_string(),
-            token: Token::read(token).map_err(anyhow::Error::msg)?,
+            credentials: self.shown.read()?,
             patience: Duration::from_secs(self.pages_timeout.unwrap_or(30)),
         }))
     }
@@ -162,6 +167,7 @@ impl Way {
             ("--record-working-set", verb.record_working_set.is_some()),
             ("--ignore-working-set", verb.ignore_working_set),
             ("--pages-from", verb.pages_from.is_some()),
+            ("--token-file or --tls-certificate", verb.shown.is_given()),
         ];
         if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given) {
             return Err(Usage(format!("{option} goes with --backend userfault")).into());
@@ -238,6 +244,10 @@ impl Chore for Listening {
         }
         self.pager = None;
         Ok(())
+    }
+
+    fn take(&mut self, _signal: i32) -> Option<Option<ExitCode>> {
+        None
     }
 }
 
@@ -335,7 +345,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
         };
     };
     let mut listening = Listening { pager };
-    supervise::wait(root, signals, terminal.as_ref(), Some(&mut listening))
+    supervise::wait(root, signals, terminal.as_ref(), &mut [&mut listening])
 }
 
 /// Right after a dump the processes that it ended may not have been waited for, and still have their ids: init, which

@@ -12,6 +12,7 @@ use ckpt_core::Pid;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::failure::Refused;
+use crate::periodic::{Periodic, SAVED};
 use crate::restore::Pidfile;
 use crate::supervise::{self, Chore};
 use crate::{backends, output, sys};
@@ -25,6 +26,10 @@ Examples:
                                               print its process id
   ckpt run --pidfile pid -- ./server          and then, from elsewhere:
                                               ckpt dump -t $(cat pid) -D image
+  ckpt run -D saved --interval 10m --on-signal TERM -- ./job
+                                              save it every ten minutes, and once
+                                              more when a batch system ends it
+  ckpt restore -D saved/latest                go on from the newest of these
 
 The command gets no terminal and none of our descriptors but the standard ones,
 so that nothing of it leads outside of what a dump saves. Where standard input
@@ -32,7 +37,10 @@ is not a file, it is /dev/null. Where standard output or error is not a file (bu
 a terminal or a pipe), it is a file, ckpt-run-PID.log, and what appears there is
 shown; it is removed when the command has ended by itself. Signals are passed on
 to the command, and ckpt ends with its status. When the command is dumped and
-ended, ckpt ends by SIGKILL, as the command did.")]
+ended, ckpt ends by SIGKILL, as the command did.
+
+Where --interval or --on-signal fails (a full disk, say), that is one line, and the
+command goes on. When --on-signal has saved and ended it, ckpt exits with 85.")]
 pub struct Run {
     /// Leave the command in the background; its process id is printed
     #[arg(short, long)]
@@ -50,6 +58,9 @@ pub struct Run {
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
 
+    #[command(flatten)]
+    periodic: Periodic,
+
     /// The command with its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -63,6 +74,7 @@ pub fn run(backend: Option<&str>, verb: &Run) -> anyhow::Result<ExitCode> {
             Refused(format!("the backend {} cannot start programs so that they can be dumped", backend.name)).into()
         );
     }
+    let periodic = verb.periodic.prepare(backend)?;
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
 
     let name = verb.command[0].clone();
@@ -104,8 +116,16 @@ pub fn run(backend: Option<&str>, verb: &Run) -> anyhow::Result<ExitCode> {
     };
     output::tell_aside(&format!("process {pid} runs; save it with: ckpt dump -t {pid} -D DIR{place}"));
     let mut follower = log.map(Log::follow).transpose()?;
-    let status = supervise::wait(pid, signals, None, follower.as_mut().map(|follower| follower as &mut dyn Chore))?;
-    if let Some(follower) = follower {
+    let mut keeper = periodic.map(|prepared| prepared.watch(pid));
+    // What the command has written is shown before it is saved.
+    let mut chores: Vec<&mut dyn Chore> = Vec::new();
+    chores.extend(follower.as_mut().map(|follower| follower as &mut dyn Chore));
+    chores.extend(keeper.as_mut().map(|keeper| keeper as &mut dyn Chore));
+    let status = supervise::wait(pid, signals, None, &mut chores)?;
+    // One that was saved goes on with it.
+    if let Some(follower) = follower
+        && status != ExitCode::from(SAVED)
+    {
         let _ = std::fs::remove_file(follower.path);
     }
     Ok(status)
@@ -192,5 +212,9 @@ impl Chore for Follower {
                 read => output::pass(&buffer[..read]),
             }
         }
+    }
+
+    fn take(&mut self, _signal: i32) -> Option<Option<ExitCode>> {
+        None
     }
 }

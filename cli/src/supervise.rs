@@ -21,7 +21,7 @@ use crate::sys;
 
 /// What is passed on, besides the real-time signals. Not among them: what the kernel sends us for our own doings
 /// (SIGPIPE, SIGTTOU, SIGSEGV, ...), and what cannot be caught.
-const PASSED: [Signal; 11] = [
+pub const PASSED: [Signal; 11] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -80,6 +80,8 @@ pub trait Chore {
     /// Readable when there is something to do; none when there will be nothing more.
     fn fd(&self) -> Option<BorrowedFd<'_>>;
     fn work(&mut self) -> anyhow::Result<()>;
+    /// Whether a signal is meant for this chore, and is not passed on; and whether it has ended what was waited for.
+    fn take(&mut self, signal: i32) -> Option<Option<ExitCode>>;
 }
 
 /// Waits for a child, passing signals on, and returns its exit code; or ends by the signal that it ended by.
@@ -87,7 +89,7 @@ pub fn wait(
     root: Pid,
     mut signals: Signals,
     terminal: Option<&Terminal>,
-    mut chore: Option<&mut dyn Chore>,
+    chores: &mut [&mut dyn Chore],
 ) -> anyhow::Result<ExitCode> {
     // What interrupted the pipeline too late to be undone is the tree's now.
     if let Some(signal) = sys::interruption() {
@@ -96,20 +98,27 @@ pub fn wait(
     let ended: OwnedFd = sys::pidfd_open(root).with_context(|| format!("process {root} cannot be waited for"))?;
     loop {
         while let Some(came) = signals.next().context("signals")? {
-            pass_on(root, &came, terminal);
+            match chores.iter_mut().find_map(|chore| chore.take(came.number)) {
+                None => pass_on(root, &came, terminal),
+                Some(None) => {}
+                Some(Some(status)) => {
+                    finish(terminal, chores)?;
+                    return Ok(status);
+                }
+            }
         }
-        if let Some(chore) = &mut chore {
+        for chore in chores.iter_mut() {
             chore.work()?;
         }
         let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED | WaitPidFlag::__WALL;
         match waitpid(nix::unistd::Pid::from_raw(root.0), Some(flags)) {
             Ok(WaitStatus::StillAlive) => {}
             Ok(WaitStatus::Exited(_, code)) => {
-                finish(terminal, chore)?;
+                finish(terminal, chores)?;
                 return Ok(ExitCode::from(code as u8));
             }
             Ok(WaitStatus::Signaled(_, signal, _)) => {
-                finish(terminal, chore)?;
+                finish(terminal, chores)?;
                 return Ok(end_by(signal));
             }
             Ok(WaitStatus::Stopped(..)) => {
@@ -126,9 +135,7 @@ pub fn wait(
         }
         let mut fds =
             vec![PollFd::new(signals.0.as_fd(), PollFlags::POLLIN), PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
-        if let Some(fd) = chore.as_ref().and_then(|chore| chore.fd()) {
-            fds.push(PollFd::new(fd, PollFlags::POLLIN));
-        }
+        fds.extend(chores.iter().filter_map(|chore| chore.fd()).map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error).context("waiting"),
@@ -136,11 +143,11 @@ pub fn wait(
     }
 }
 
-fn finish(terminal: Option<&Terminal>, chore: Option<&mut dyn Chore>) -> anyhow::Result<()> {
+fn finish(terminal: Option<&Terminal>, chores: &mut [&mut dyn Chore]) -> anyhow::Result<()> {
     if let Some(terminal) = terminal {
         terminal.take_back();
     }
-    chore.map_or(Ok(()), Chore::work)
+    chores.iter_mut().try_for_each(|chore| chore.work())
 }
 
 /// Ends as the tree ended, so that our parent sees the same; without a core dump of ours.

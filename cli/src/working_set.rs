@@ -14,7 +14,10 @@ before the programs run, so that they hardly wait for memory:
 
   ckpt --backend userfault restore -D image -d --record-working-set
   (let the programs do what they will be asked to do first)
-  ckpt working-set stop -D image")]
+  ckpt working-set stop -D image
+
+Where nothing was recorded, what the dump has guessed is used: the stacks, and
+what the registers and the words on the stacks point to.")]
 pub struct WorkingSet {
     #[command(subcommand)]
     what: What,

@@ -23,9 +23,9 @@ fn assert_unusable(subject: &Subject, image: &Path, what: &str, codes: &[i32]) {
     }
 }
 
-/// The files of an image, with their lengths.
+/// The files of an image, with their lengths; without the hint of what is touched first, which a restore can do without.
 fn files(image: &Path) -> Vec<(PathBuf, u64)> {
-    let files = names(image).into_iter().map(|name| image.join(name));
+    let files = names(image).into_iter().filter(|name| !name.starts_with("working-set")).map(|name| image.join(name));
     files.map(|path| (path.clone(), fs::metadata(path).unwrap().len())).collect()
 }
 

@@ -10,6 +10,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use ckpt_core::Pid;
@@ -74,10 +76,15 @@ impl Place {
     }
 
     fn serve(&self, listen: &str, before: impl FnOnce(&mut Command)) -> Server {
+        let token = self.token.to_str().unwrap().to_string();
+        self.serve_to(listen, &["--token-file", &token], before)
+    }
+
+    fn serve_to(&self, listen: &str, shown: &[&str], before: impl FnOnce(&mut Command)) -> Server {
         let said = self.workshop.path().join("server.out");
         let mut command = Command::new(CKPT);
         command.args(["page-server", "--listen", listen, "-D"]).arg(self.images());
-        command.arg("--token-file").arg(&self.token).stdin(Stdio::null());
+        command.args(shown).current_dir(self.workshop.path()).stdin(Stdio::null());
         command.stdout(fs::File::create(&said).unwrap()).stderr(Stdio::null());
         before(&mut command);
         let companion = Companion::start(command);
@@ -89,6 +96,12 @@ impl Place {
     fn restore(&self, address: &str, image: &str, more: &[&str]) -> Command {
         let mut command = ckpt(["--backend", "userfault", "restore", "-D", image, "--pages-from", address]);
         command.arg("--token-file").arg(&self.token).args(more).current_dir(self.workshop.path());
+        command
+    }
+
+    fn restore_by(&self, address: &str, shown: &[&str]) -> Command {
+        let mut command = ckpt(["--backend", "userfault", "restore", "-d", "-D", "image", "--pages-from", address]);
+        command.args(["--pages-timeout", "2"]).args(shown).current_dir(self.workshop.path());
         command
     }
 
@@ -289,4 +302,197 @@ fn what_goes_with_it_is_asked_for() {
     run(&mut command).assert_error(BAD_USAGE, &["--token-file"]);
     let mut command = ckpt(["restore", "-D", "image", "--pages-from", "127.0.0.1:1", "--token-file"]);
     run(command.arg(&place.token)).assert_error(BAD_USAGE, &["--backend userfault"]);
+}
+
+/// A certificate authority, and certificates of it in files.
+struct Authority {
+    certificate: rcgen::Certificate,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = parameters.self_signed(&key).unwrap();
+        Authority { certificate, issuer: rcgen::Issuer::new(parameters, key) }
+    }
+
+    /// Options with a certificate for a host, which accept those of this authority.
+    fn options(&self, directory: &Path, name: &str, host: &str) -> Vec<String> {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let parameters = rcgen::CertificateParams::new(vec![host.to_string()]).unwrap();
+        let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
+        let path = |what: &str| directory.join(format!("{name}.{what}"));
+        fs::write(path("crt"), certificate.pem()).unwrap();
+        token(&path("key"), &key.serialize_pem());
+        fs::write(path("ca"), self.certificate.pem()).unwrap();
+        let file = |what: &str| path(what).to_str().unwrap().to_string();
+        let options = ["--tls-certificate", "--tls-key", "--tls-ca"].map(String::from);
+        options.into_iter().zip(["crt", "key", "ca"].map(file)).flat_map(|(option, file)| [option, file]).collect()
+    }
+}
+
+fn strings(all: &[String]) -> Vec<&str> {
+    all.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn memory_comes_by_tls_between_those_who_have_certificates() {
+    let place = dumped();
+    let authority = Authority::new();
+    let here = place.workshop.path().to_path_buf();
+    let of_server = authority.options(&here, "server", "127.0.0.1");
+    let of_client = authority.options(&here, "client", "somebody");
+    let server = place.serve_to("127.0.0.1:0", &strings(&of_server), |_| {});
+
+    // Without a certificate, with one of another authority, with a token alone, and outside of its images.
+    let token_file = place.token.to_str().unwrap().to_string();
+    let outcome = run(&mut place.restore_by(&server.address, &["--token-file", &token_file]));
+    outcome.assert_error(FAILED, &["page server", "no pages"]);
+    let others = Authority::new().options(&here, "stranger", "somebody");
+    run(&mut place.restore_by(&server.address, &strings(&others))).assert_error(FAILED, &["TLS", "certificate"]);
+    // Accepts the server, but is a stranger to it.
+    let mut stranger = others.clone();
+    stranger[5] = of_client[5].clone();
+    run(&mut place.restore_by(&server.address, &strings(&stranger))).assert_error(FAILED, &["TLS"]);
+    let outside = place.restore_by(&server.address, &strings(&of_client));
+    let arguments: Vec<_> =
+        outside.get_args().map(|it| if it == "image" { "../images".into() } else { it.to_owned() }).collect();
+    let mut outside = Command::new(outside.get_program());
+    outside.args(arguments).current_dir(&here);
+    run(&mut outside).assert_error(FAILED, &["no image"]);
+    // A key that others may read, and half of what is needed.
+    fs::set_permissions(&of_client[3], fs::Permissions::from_mode(0o644)).unwrap();
+    run(&mut place.restore_by(&server.address, &strings(&of_client))).assert_error(FAILED, &["others may read"]);
+    fs::set_permissions(&of_client[3], fs::Permissions::from_mode(0o600)).unwrap();
+    run(&mut place.restore_by(&server.address, &strings(&of_client[..2]))).assert_error(BAD_USAGE, &["--tls-key"]);
+    assert!(place.is_gone());
+
+    let mut restore = place.restore_by(&server.address, &strings(&of_client));
+    run(restore.arg("--no-sweep")).assert_done();
+    place.wait_until_it_runs();
+    place.check();
+}
+
+#[test]
+fn a_server_with_a_certificate_for_another_host_is_not_believed() {
+    let place = dumped();
+    let authority = Authority::new();
+    let here = place.workshop.path();
+    let of_server = authority.options(here, "server", "elsewhere.example");
+    let of_client = authority.options(here, "client", "somebody");
+    let server = place.serve_to("127.0.0.1:0", &strings(&of_server), |_| {});
+    run(&mut place.restore_by(&server.address, &strings(&of_client))).assert_error(FAILED, &["TLS", "certificate"]);
+}
+
+#[test]
+fn certificate_and_token_are_both_asked_for_where_both_are_given() {
+    let place = dumped();
+    let authority = Authority::new();
+    let here = place.workshop.path();
+    let token_file = place.token.to_str().unwrap().to_string();
+    let with_token = |mut options: Vec<String>| {
+        options.extend(["--token-file".into(), token_file.clone()]);
+        options
+    };
+    let of_server = with_token(authority.options(here, "server", "127.0.0.1"));
+    let of_client = authority.options(here, "client", "somebody");
+    let server = place.serve_to("127.0.0.1:0", &strings(&of_server), |_| {});
+    run(&mut place.restore_by(&server.address, &strings(&of_client))).assert_error(FAILED, &["token"]);
+    let outcome = run(place.restore_by(&server.address, &strings(&with_token(of_client))).arg("--json"));
+    outcome.assert_done();
+    place.check();
+}
+
+/// What stands between a client and a server, and how many bytes of the server's it lets through.
+fn proxy(server: &str, pass: fn(&mut std::net::TcpStream, &[u8], u64) -> bool) -> (String, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (server, passed) = (server.to_string(), Arc::new(AtomicU64::new(0)));
+    let count = passed.clone();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let Ok(upstream) = std::net::TcpStream::connect(&server) else { continue };
+            // So that what is slow here is slow for the server.
+            nix::sys::socket::setsockopt(&upstream, nix::sys::socket::sockopt::RcvBuf, &(64 << 10)).unwrap();
+            let (mut from, mut to) = (client.try_clone().unwrap(), upstream.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(std::net::Shutdown::Both);
+            });
+            let (mut from, mut to, count) = (upstream, client, count.clone());
+            std::thread::spawn(move || {
+                let mut bytes = vec![0; 16 << 10];
+                let mut own = 0;
+                while let Ok(read @ 1..) = from.read(&mut bytes) {
+                    own += read as u64;
+                    count.fetch_add(read as u64, Ordering::SeqCst);
+                    if !pass(&mut to, &bytes[..read], own) {
+                        break;
+                    }
+                }
+                let _ = to.shutdown(std::net::Shutdown::Both);
+                let _ = from.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+    (address, passed)
+}
+
+/// Every connection breaks after three megabytes, in the middle of an answer: it is made again, and nothing is lost.
+#[test]
+fn connections_that_break_are_made_again() {
+    let place = dumped();
+    let server = place.serve("127.0.0.1:0", |_| {});
+    let (address, passed) = proxy(&server.address, |to, bytes, own| to.write_all(bytes).is_ok() && own < 3 << 20);
+    run(&mut place.restore(&address, "image", &["-d", "--json"])).assert_done();
+    place.check();
+    assert!(passed.load(Ordering::SeqCst) > 9 << 20, "there was something to break");
+}
+
+/// On a slow line what can be compressed is: half of the program's memory is nearly zeros.
+#[test]
+fn on_a_slow_line_pages_are_compressed() {
+    let place = dumped();
+    let server = place.serve("127.0.0.1:0", |_| {});
+    let (address, passed) = proxy(&server.address, |to, bytes, _| {
+        std::thread::sleep(Duration::from_micros(500));
+        to.write_all(bytes).is_ok()
+    });
+    run(&mut place.restore(&address, "image", &["-d", "--json"])).assert_done();
+    place.check();
+    let passed = passed.load(Ordering::SeqCst);
+    let pages = fs::metadata(place.images().join("image/pages.bin")).unwrap().len();
+    assert!(passed > 8 << 20, "what cannot be compressed has passed: {passed}");
+    assert!(passed + (5 << 20) < pages, "{passed} bytes for {pages}, of which 8 MiB are nearly zeros");
+}
+
+/// In the middle of its work a server stops to answer, or what comes is nonsense: the tree is given up in time.
+#[test]
+fn a_server_that_goes_bad_under_a_running_tree_ends_it() {
+    type Pass = fn(&mut std::net::TcpStream, &[u8], u64) -> bool;
+    static BAD: AtomicBool = AtomicBool::new(false);
+    let kinds: [(&str, Pass); 2] = [
+        ("stalls", |to, bytes, _| BAD.load(Ordering::SeqCst) || to.write_all(bytes).is_ok()),
+        ("lies", |to, bytes, _| {
+            let lie = vec![0x5a; bytes.len()];
+            to.write_all(if BAD.load(Ordering::SeqCst) { &lie } else { bytes }).is_ok()
+        }),
+    ];
+    for (what, pass) in kinds {
+        BAD.store(false, Ordering::SeqCst);
+        let place = dumped();
+        let server = place.serve("127.0.0.1:0", |_| {});
+        let (address, _) = proxy(&server.address, pass);
+        let running = start(&mut place.restore(&address, "image", &["--no-sweep", "--pages-timeout", "1"]));
+        place.wait_until_it_runs();
+        BAD.store(true, Ordering::SeqCst);
+        fs::write(place.workshop.path().join("check"), "").unwrap();
+        let outcome = running.wait();
+        assert_eq!(outcome.signal(), Some(libc::SIGKILL), "{what}: {outcome:#?}");
+        assert!(outcome.errors.iter().any(|line| line.contains("has given no pages for")), "{what}: {outcome:#?}");
+        assert!(!place.workshop.path().join("checked").exists(), "{what}: it did not go on without its memory");
+    }
 }

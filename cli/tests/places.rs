@@ -3,27 +3,15 @@
 mod common;
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use common::*;
 use nix::mount::MsFlags;
 
-/// A file system of this thread's and its children's own: nobody else sees it, and it is gone with the thread.
-fn mount(workshop: &Workshop, data: &str, flags: MsFlags) -> PathBuf {
-    let place = workshop.path().join("mounted");
-    fs::create_dir(&place).unwrap();
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-    let nothing = None::<&str>;
-    nix::mount::mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).unwrap();
-    nix::mount::mount(Some("tmpfs"), &place, Some("tmpfs"), flags, Some(data)).unwrap();
-    place
-}
-
 #[test]
 fn a_full_disk() {
     let workshop = Workshop::new();
-    let place = mount(&workshop, "size=256k", MsFlags::empty());
+    let place = mount(&workshop, "mounted", "size=256k", MsFlags::empty());
     let subject = Subject::start(&workshop);
     run(&mut dump(subject.pid, &place.join("image"), &["--leave-running"])).assert_error(FAILED, &["no space left"]);
     assert_eq!(names(&place), Vec::<String>::new(), "left behind");
@@ -35,7 +23,7 @@ fn a_full_disk() {
 #[test]
 fn a_read_only_disk() {
     let workshop = Workshop::new();
-    let place = mount(&workshop, "", MsFlags::MS_RDONLY);
+    let place = mount(&workshop, "mounted", "", MsFlags::MS_RDONLY);
     let subject = Subject::start(&workshop);
     run(&mut dump(subject.pid, &place.join("image"), &["--leave-running"])).assert_error(FAILED, &["read-only"]);
     subject.assert_unharmed();

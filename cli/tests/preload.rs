@@ -105,8 +105,13 @@ fn a_stopped_program_is_refused_and_stays_stopped() {
     assert_eq!(state(), 'T');
 }
 
+/// exit(0)
+const EXITS: &[u8] = &[0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
+/// pause()
+const WAITS: &[u8] = &[0xb8, 34, 0, 0, 0, 0x0f, 0x05];
+
 /// An ELF file without an interpreter: what a statically linked program is, as far as the kernel and the shim care.
-fn write_static_program(path: &Path) {
+fn write_static_program(path: &Path, code: &[u8]) {
     use std::os::unix::fs::PermissionsExt;
     let mut elf = vec![0u8; 120];
     elf[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
@@ -120,8 +125,6 @@ fn write_static_program(path: &Path) {
     elf[64] = 1;
     elf[68] = 5;
     elf[80..88].copy_from_slice(&0x40_0000u64.to_le_bytes());
-    // exit(0)
-    let code = [0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05];
     elf.extend(code);
     let size = (elf.len() as u64).to_le_bytes();
     elf[96..104].copy_from_slice(&size);
@@ -135,7 +138,7 @@ fn write_static_program(path: &Path) {
 fn a_static_program_is_not_started_and_one_in_the_tree_is_named() {
     let workshop = Workshop::new();
     let program = workshop.path().join("static");
-    write_static_program(&program);
+    write_static_program(&program, EXITS);
     assert!(std::process::Command::new(&program).status().unwrap().success(), "it is a program");
     let program = program.to_str().unwrap();
     run(preload(["run", "--", program]).current_dir(workshop.path())).assert_error(FAILED, &["statically linked"]);
@@ -144,6 +147,198 @@ fn a_static_program_is_not_started_and_one_in_the_tree_is_named() {
     let output = fs::read_to_string(workshop.path().join("output")).unwrap();
     assert!(output.contains(&format!("{program} is statically linked: it runs unprotected")), "{output}");
     assert!(output.ends_with("0\n"), "{output}");
+}
+
+/// Starts the program that it is given in every way there is, one after the other.
+const ALL_WAYS: &str = r#"
+import ctypes, os, subprocess, sys
+program = sys.argv[1]
+directory, name = os.path.split(program)
+os.environ["PATH"] = "/nowhere:" + directory
+libc = ctypes.CDLL(None, use_errno=True)
+def strings(*values):
+    return (ctypes.c_char_p * (len(values) + 1))(*[value.encode() for value in values], None)
+def in_child(start):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            start()
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+def spawned(pid):
+    return os.waitpid(pid, 0)[1]
+ways = {
+    "execv": lambda: in_child(lambda: os.execv(program, [program])),
+    "execve": lambda: in_child(lambda: os.execve(program, [program], {})),
+    "execvp": lambda: in_child(lambda: libc.execvp(name.encode(), strings(name))),
+    "execlp": lambda: in_child(lambda: libc.execlp(name.encode(), name.encode(), None)),
+    "execl": lambda: in_child(lambda: libc.execl(program.encode(), name.encode(), None)),
+    "fexecve": lambda: in_child(lambda: os.execve(os.open(program, os.O_RDONLY), [program], {"A": "B"})),
+    "execveat": lambda: in_child(lambda: libc.execveat(os.open(directory, os.O_RDONLY), name.encode(), strings(name), strings("A=B"), 0)),
+    "execve by number": lambda: in_child(lambda: libc.syscall(59, program.encode(), strings(name), strings("A=B"))),
+    "posix_spawn": lambda: spawned(os.posix_spawn(program, [program], {})),
+    "posix_spawnp": lambda: spawned(os.posix_spawnp(name, [name], {"C": "D"})),
+    "subprocess": lambda: subprocess.run([program]).returncode,
+    "system": lambda: os.system(program),
+    "popen": lambda: os.popen(program).close() or 0,
+}
+for way, start in ways.items():
+    status = start()
+    print("way", way, status, flush=True)
+"#;
+
+#[test]
+fn a_static_program_is_named_in_whichever_way_it_is_started() {
+    let workshop = Workshop::new();
+    let program = workshop.path().join("a-static-program");
+    write_static_program(&program, EXITS);
+    let program = program.to_str().unwrap();
+    let mut command = preload(["run", "-o", "output", "--", "/usr/bin/python3", "-c", ALL_WAYS, program]);
+    run(command.current_dir(workshop.path())).assert_done();
+    let output = fs::read_to_string(workshop.path().join("output")).unwrap();
+    let said =
+        format!("ckpt: {program} is statically linked: it runs unprotected, and a dump is refused as long as it runs");
+    let mut lines = output.lines();
+    let mut ways = 0;
+    // Each way says it once, and then the status that the program ended with.
+    while let Some(line) = lines.next() {
+        let way = lines.next().unwrap_or_default();
+        assert!(line == said && way.starts_with("way ") && way.ends_with(" 0"), "{line:?}, {way:?} in {output}");
+        ways += 1;
+    }
+    assert_eq!(ways, 13, "{output}");
+}
+
+#[test]
+fn a_tree_with_a_static_program_is_refused_as_long_as_that_runs() {
+    let workshop = Workshop::new();
+    let program = workshop.path().join("waits");
+    write_static_program(&program, WAITS);
+    let script = format!("{} & echo $! >waiting; {COUNT}", program.display());
+    let root = start_script(&workshop, &script);
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let image = image.to_str().unwrap();
+    let mut dump = preload(["dump", "-t", &pid, "-D", image, "--leave-running"]);
+    run(&mut dump).assert_error(REFUSED, &["waits", "without the shim", "statically linked"]);
+    workshop.assert_no_image();
+    let begun = last_number(workshop.path());
+    wait_until("it goes on", || last_number(workshop.path()) > begun);
+    let waiting = fs::read_to_string(workshop.path().join("waiting")).unwrap();
+    kill(Pid(waiting.trim().parse().unwrap()), libc::SIGKILL);
+    wait_until("it is gone", || !Path::new(&format!("/proc/{}", waiting.trim())).exists());
+    run(&mut dump).assert_done();
+    let begun = last_number(workshop.path());
+    wait_until("it goes on", || last_number(workshop.path()) > begun);
+}
+
+/// Starts a Python program in the background with the shim.
+fn start_python(workshop: &Workshop, program: &str) -> Ended {
+    let mut command = preload(["run", "-d", "-o", "output", "--", "/usr/bin/python3", "-c", program]);
+    adopt_orphans();
+    let outcome = run(command.current_dir(workshop.path()));
+    outcome.assert_done();
+    Ended(Pid(outcome.out.trim().parse().unwrap()))
+}
+
+fn says(workshop: &Workshop, word: &str) {
+    wait_until(word, || fs::read_to_string(workshop.path().join("output")).unwrap_or_default().contains(word));
+}
+
+/// By a system call instruction of its own: neither libc nor the shim has a say in it.
+const BLOCKS_ALL: &str = r#"
+import ctypes, mmap, os, struct, time
+code = mmap.mmap(-1, 4096, prot=7)
+mask = ctypes.c_uint64(0xffffffffffffffff)
+# rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
+code.write(b"\x48\xbe" + struct.pack("<Q", ctypes.addressof(mask)) +
+    b"\xbf\x02\0\0\0\x31\xd2\x41\xba\x08\0\0\0\xb8\x0e\0\0\0\x0f\x05\xc3")
+call = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+if call() == 0:
+    print("blocked", flush=True)
+while not os.path.exists("let-in"):
+    time.sleep(0.001)
+mask.value = 0
+call()
+print("let in", flush=True)
+while True:
+    time.sleep(0.001)
+"#;
+
+#[test]
+fn a_thread_that_blocks_every_signal_is_named() {
+    let workshop = Workshop::new();
+    let root = start_python(&workshop, BLOCKS_ALL);
+    says(&workshop, "blocked");
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
+    run(&mut dump).assert_error(REFUSED, &["thread", &pid, "blocks every signal"]);
+    workshop.assert_no_image();
+    // What was asked in vain does not come back to it when it lets signals in.
+    fs::write(workshop.path().join("let-in"), "").unwrap();
+    says(&workshop, "let in");
+    run(&mut dump).assert_done();
+}
+
+/// posix_spawn waits for its child in the kernel, without a signal being able to change that.
+const HANGS: &str = r#"
+import os, time
+os.mkfifo("fifo")
+print("hangs", flush=True)
+pid = os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, "fifo", os.O_RDONLY, 0)])
+print("status", os.waitpid(pid, 0)[1], flush=True)
+while True:
+    time.sleep(0.001)
+"#;
+
+#[test]
+fn a_hung_call_is_named_when_the_time_is_over() {
+    let workshop = Workshop::new();
+    let root = start_python(&workshop, HANGS);
+    says(&workshop, "hangs");
+    let proc = ckpt_core::procfs::ProcDir::open(root.0).unwrap();
+    wait_until("it hangs", || !proc.children().unwrap().is_empty() && proc.stat_line().unwrap().state == 'D');
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
+    run(&mut dump).assert_error(FAILED, &[&pid, "did not stop", "state D", "--timeout"]);
+    workshop.assert_no_image();
+    drop(fs::OpenOptions::new().write(true).open(workshop.path().join("fifo")).unwrap());
+    says(&workshop, "status 0");
+    fs::remove_file(workshop.path().join("fifo")).unwrap();
+    run(&mut dump).assert_done();
+}
+
+/// Another version of the shim is made from this one: the number that tells them apart stands in its code.
+#[test]
+fn a_shim_of_another_version_is_named() {
+    let workshop = Workshop::new();
+    let mut program = fs::read(CKPT).unwrap();
+    // `protocol::MAGIC` without its last byte, the version.
+    let places: Vec<usize> =
+        program.windows(8).enumerate().filter(|(_, word)| word[1..] == *b"mhstpkc").map(|(at, _)| at).collect();
+    assert!(places.len() >= 2, "in the shim and in the driver");
+    for at in places {
+        program[at] = 0x7f;
+    }
+    let other = workshop.path().join("other-ckpt");
+    fs::write(&other, program).unwrap();
+    fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = std::process::Command::new(&other);
+    command.args(["--backend", "preload", "run", "-d", "-o", "output", "--", "/bin/bash", "-c", COUNT]);
+    adopt_orphans();
+    let outcome = run(command.current_dir(workshop.path()).stdin(std::process::Stdio::null()));
+    outcome.assert_done();
+    let root = Ended(Pid(outcome.out.trim().parse().unwrap()));
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let arguments = ["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()];
+    run(&mut preload(arguments)).assert_error(REFUSED, &[&pid, "shim of another version"]);
+    workshop.assert_no_image();
+    let begun = last_number(workshop.path());
+    wait_until("it goes on", || last_number(workshop.path()) > begun);
+    run(std::process::Command::new(&other).args(["--backend", "preload"]).args(arguments)).assert_done();
+    assert!(numbers_are_in_order(workshop.path()));
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn a_backend_that_cannot_is_refused() {
 
 #[test]
 fn every_help_fits_80_columns_and_says_the_exit_codes() {
-    for verb in ["", "dump", "restore", "run", "show", "check", "backends", "demo"] {
+    for verb in ["", "dump", "restore", "run", "ps", "show", "check", "backends", "demo"] {
         let arguments = [verb, "--help"].into_iter().filter(|word| !word.is_empty());
         let outcome = run(ckpt(arguments).env("COLUMNS", "80"));
         outcome.assert_done();

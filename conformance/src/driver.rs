@@ -56,9 +56,8 @@ pub fn dump(
 pub fn restore(backend: &Backend, case: &Case, root: i32, image: &Path, ordinary: bool) -> Result<(), Failure> {
     let options = RestoreOptions { shell_job: case.shell_job, detach: true, ..RestoreOptions::default() };
     drive(image.parent().expect("a trial's directory"), ordinary, || {
-        let restorer = backend.restorer.ok_or("it has no restorer")?();
-        let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
-        let restored = ckpt_core::restore::restore(&*restorer, &*reader, &options, &mut Silent)
+        let opened = crate::backends::open(backend, image)?;
+        let restored = ckpt_core::restore::restore(&*opened.restorer, &*opened.reader, &options, &mut Silent)
             .map_err(|error| error.to_string())?;
         if restored == Pid(root) { Ok(()) } else { Err(format!("process {root} was dumped, {restored} restored")) }
     })

@@ -350,6 +350,9 @@ impl Init<'_> {
     /// One round. Says whether there is a tree to judge.
     fn dump_and_restore(&mut self, dumper: &str, restorer: &str, round: usize) -> Result<bool, String> {
         self.no_pagers_left("the restore of the round before")?;
+        if let Some(before) = round.checked_sub(1) {
+            let _ = fs::remove_dir_all(self.dir.join(format!("image-{before}")));
+        }
         self.before_dump(round)?;
         let before = self.look();
         let image = self.dir.join(format!("image-{round}"));
@@ -378,7 +381,6 @@ impl Init<'_> {
         }
         self.compare(before, "after the restore")?;
         self.after_restore(round)?;
-        let _ = fs::remove_dir_all(&image);
         Ok(true)
     }
 
@@ -519,11 +521,11 @@ impl Init<'_> {
     }
 }
 
-/// All processes of the namespace but init, and but those that bring in memory after a restore.
+/// All processes of the namespace but init, and but those that bring in memory after a restore or serve it.
 fn processes() -> BTreeSet<i32> {
     let mut pids = numbers(Path::new("/proc"));
     pids.remove(&1);
-    pids.retain(|&pid| !is_pager(pid));
+    pids.retain(|&pid| !is_pager(pid) && name(pid) != crate::backends::SERVER);
     pids
 }
 

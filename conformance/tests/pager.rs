@@ -82,7 +82,17 @@ fn random(state: &mut u64) -> usize {
 
 fn watch(forks: bool) -> ! {
     let board = Board::open(Path::new("."));
-    let memory: &'static mut [u64] = vec![0u64; PAGES * PAGE / 8].leak();
+    // A half of it is shared with the children that it forks.
+    // SAFETY: two new mappings, the second over a half of the first, which nothing refers to yet; never unmapped.
+    let memory: &'static mut [u64] = unsafe {
+        let (protection, anonymous) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_ANONYMOUS);
+        let place = libc::mmap(std::ptr::null_mut(), PAGES * PAGE, protection, anonymous | libc::MAP_PRIVATE, -1, 0);
+        assert_ne!(place, libc::MAP_FAILED);
+        let half = place.add(PAGES / 2 * PAGE);
+        let flags = anonymous | libc::MAP_SHARED | libc::MAP_FIXED;
+        assert_eq!(libc::mmap(half, PAGES / 2 * PAGE, protection, flags, -1, 0), half);
+        std::slice::from_raw_parts_mut(place.cast(), PAGES * PAGE / 8)
+    };
     for (page, content) in memory.chunks_exact_mut(PAGE / 8).enumerate() {
         content[0] = word(page);
         content[PAGE / 8 - 1] = word(page);

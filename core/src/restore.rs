@@ -94,7 +94,8 @@ fn rebuild(
     cgroups::rebuild(targets, image, options.ignore_cgroups)?;
     let deleted = files::rebuild_deleted(reader)?;
     sysvipc::rebuild(targets, image, made)?;
-    let objects = memory::rebuild_objects(targets, reader, deleted)?;
+    let mut filler = restorer.filler();
+    let objects = memory::rebuild_objects(targets, reader, deleted, &mut *filler)?;
     interruption()?;
     // While all processes are still on our own processor: descriptors go from one to the other.
     descriptors::rebuild(targets, reader, &objects, options)?;
@@ -105,7 +106,6 @@ fn rebuild(
     files::guard_deleted(image, &objects.deleted)?;
     let executables = memory::deleted_executables(image, &objects)?;
     drop(objects);
-    let mut filler = restorer.filler();
     let mut meter = Meter::new(progress, Phase::ReadPages, Some(memory::page_bytes(image)));
     filler.fill_all(targets, &image.processes, reader, &mut meter)?;
     // Only now that the slow part is done: timers run from here on.

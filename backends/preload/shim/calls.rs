@@ -14,6 +14,7 @@ pub const MUNMAP: u64 = 11;
 pub const RT_SIGACTION: u64 = 13;
 pub const RT_SIGPROCMASK: u64 = 14;
 pub const PREAD: u64 = 17;
+pub const ACCESS: u64 = 21;
 pub const SCHED_YIELD: u64 = 24;
 pub const MREMAP: u64 = 25;
 pub const MINCORE: u64 = 27;
@@ -26,14 +27,20 @@ pub const GETSOCKOPT: u64 = 55;
 pub const EXECVE: u64 = 59;
 pub const KILL: u64 = 62;
 pub const FCNTL: u64 = 72;
+pub const READLINK: u64 = 89;
 pub const GETUID: u64 = 102;
 pub const GETEUID: u64 = 107;
+pub const GETEGID: u64 = 108;
 pub const RT_SIGPENDING: u64 = 127;
 pub const RT_SIGSUSPEND: u64 = 130;
+pub const SIGALTSTACK: u64 = 131;
+pub const PRCTL: u64 = 157;
 pub const ARCH_PRCTL: u64 = 158;
 pub const GETTID: u64 = 186;
+pub const FGETXATTR: u64 = 193;
 pub const FUTEX: u64 = 202;
 pub const EXIT_GROUP: u64 = 231;
+pub const OPENAT: u64 = 257;
 pub const MEMFD_CREATE: u64 = 319;
 
 pub const EINTR: i64 = 4;
@@ -138,6 +145,33 @@ pub unsafe fn number(mut text: *const u8) -> (u64, *const u8) {
         }
     }
     (value, text)
+}
+
+/// Puts a text into a buffer, as far as there is room, with a zero byte after it. Gives where that is.
+pub fn append(to: &mut [u8], at: usize, text: &[u8]) -> usize {
+    let mut n = 0;
+    while n < text.len() && at + n + 1 < to.len() {
+        to[at + n] = text[n];
+        n += 1;
+    }
+    to[at + n] = 0;
+    at + n
+}
+
+/// The same with a decimal number.
+pub fn append_number(to: &mut [u8], at: usize, number: u64) -> usize {
+    let mut digits = [0u8; 20];
+    let mut n = digits.len();
+    let mut left = number;
+    loop {
+        n -= 1;
+        digits[n] = b'0' + (left % 10) as u8;
+        left /= 10;
+        if left == 0 {
+            break;
+        }
+    }
+    append(to, at, &digits[n..])
 }
 
 // The compiler calls these by name. They are the shim's own, so that it needs no C library where it stands alone, and

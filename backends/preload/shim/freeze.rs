@@ -3,6 +3,12 @@
 //! A thread that comes back leaves by a frame on its own stack into code of the shim, which no driver can take away, and
 //! from there by the frame that the kernel made for the signal. The thread that mapped the region unmaps it, when all
 //! others are out ([`USERS`]).
+//!
+//! The kernel puts its frame on the alternate stack, where there is one, or below what the thread has on its stack, as with
+//! any other signal. There it is certain of room for its frame, and of nothing more: an alternate stack of the size that the
+//! kernel asks for (AT_MINSIGSTKSZ) is full with it. So the handler touches neither: its first step takes a stack of its own
+//! from the kernel ([`handle`]), which it gives back at the end. What takes an alternate stack that is too small even for the
+//! frame is met in `altstack.rs`.
 
 use core::arch::{asm, naked_asm};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -10,9 +16,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::agent::{CODE_SIZE, CONTROL_SIZE, FRAME_SIZE, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::calls::{self, sys};
 use crate::protocol::{
-    Arrival, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT,
+    Arrival, HANDLER_STACK, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT,
     nonce_of_process, socket_name,
 };
+use crate::by_number;
 use crate::start::{self, HAS_RSEQ, RSEQ_OFFSET};
 
 /// The freeze that is going on: its nonce and one of the states below, or 0. In a restored process it tells of the
@@ -29,12 +36,12 @@ static CHANGES: AtomicU32 = AtomicU32::new(0);
 static BASE: AtomicU64 = AtomicU64::new(0);
 static SIZE: AtomicU64 = AtomicU64::new(0);
 
-/// The action that the signal had before: glibc's, in a program that cancels threads.
-static OTHERS: AtomicU64 = AtomicU64::new(0);
+/// The action that the signal would have without us, word by word: glibc's, in a program that cancels threads.
+static OTHERS: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
 
 /// `struct sigaction` of the kernel.
 #[repr(C)]
-struct Action {
+pub struct Action {
     handler: u64,
     flags: u64,
     restorer: u64,
@@ -45,6 +52,20 @@ const SA_SIGINFO: u64 = 4;
 const SA_ONSTACK: u64 = 0x0800_0000;
 const SA_RESTART: u64 = 0x1000_0000;
 const SA_RESTORER: u64 = 0x0400_0000;
+
+/// What the program believes that the signal does: it never gets away from us, and what is not ours goes there.
+pub fn others() -> Action {
+    let [handler, flags, restorer, mask] = &OTHERS;
+    let word = |word: &AtomicU64| word.load(Ordering::Relaxed);
+    Action { handler: word(handler), flags: word(flags), restorer: word(restorer), mask: word(mask) }
+}
+
+pub fn set_others(action: &Action) {
+    let words = [action.handler, action.flags, action.restorer, action.mask];
+    for (place, word) in OTHERS.iter().zip(words) {
+        place.store(word, Ordering::Relaxed);
+    }
+}
 
 #[unsafe(naked)]
 unsafe extern "C" fn restorer() {
@@ -67,7 +88,7 @@ pub unsafe fn take_signal() {
     unsafe {
         sys!(calls::RT_SIGACTION, SIGNAL, &raw const ours, &raw mut before, 8);
         if before.handler != ours.handler && before.handler > 1 {
-            OTHERS.store(before.handler, Ordering::Relaxed);
+            set_others(&before);
         }
         // Whoever started us may have blocked it.
         let only = 1u64 << (SIGNAL - 1);
@@ -77,26 +98,97 @@ pub unsafe fn take_signal() {
 
 type Handler = unsafe extern "C" fn(i32, *mut i32, *mut u64);
 
+/// The handler: of a signal that is ours, on a stack of its own; of another, the program's handler on the stack that it has.
+///
+/// Up to there it uses no stack at all. The stack is shared memory, so that it never becomes one mapping with another that
+/// the program has beside it. Without memory for it, the thread goes on as if no signal had come, and the driver says that
+/// it does not answer.
+#[unsafe(naked)]
 unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
-    const SI_QUEUE: i32 = -1;
-    const SI_USER: i32 = 0;
-    // SAFETY: the kernel passes a siginfo (the code at 8, the value at 24) and a ucontext.
-    unsafe {
-        let value = *info.add(6).cast::<u64>();
-        if *info.add(2) == SI_QUEUE && value >> 48 == VALUE_TAG {
-            freeze((value >> 32) as u16 as u64, value as u32, context);
-            return;
-        }
-        // From nobody: the kernel had no room for what came with the signal.
-        if *info.add(2) == SI_USER && *info.add(4) == 0 {
-            freeze(0, nonce_of_process(sys!(calls::GETPID, 0) as i32), context);
-            return;
-        }
-        let others = OTHERS.load(Ordering::Relaxed);
-        if others != 0 {
+    naked_asm!(
+        // siginfo: the code at 8, the sender at 16, the value at 24. SI_QUEUE with our mark is ours,
+        "cmp dword ptr [rsi + 8], -1",
+        "jne 2f",
+        "mov rax, [rsi + 24]",
+        "shr rax, 48",
+        "cmp eax, {tag}",
+        "je 3f",
+        "jmp {pass_on}",
+        // and SI_USER from nobody: the kernel had no room for what came with the signal.
+        "2:",
+        "cmp dword ptr [rsi + 8], 0",
+        "jne {pass_on}",
+        "cmp dword ptr [rsi + 16], 0",
+        "jne {pass_on}",
+        // All registers are in the frame.
+        "3:",
+        "mov rbp, rsp",
+        "mov r12, rsi",
+        "mov r13, rdx",
+        "xor edi, edi",
+        "mov esi, {size}",
+        "mov edx, 3", // PROT_READ | PROT_WRITE
+        "mov r10d, 0x21", // MAP_SHARED | MAP_ANONYMOUS
+        "mov r8, -1",
+        "xor r9d, r9d",
+        "mov eax, {mmap}",
+        "syscall",
+        "cmp rax, -4095",
+        "jae 4f",
+        "mov rbx, rax",
+        "lea rsp, [rax + {size}]",
+        "mov rdi, r12",
+        "mov rsi, r13",
+        "mov rdx, rbx",
+        "call {answer}",
+        "mov rsp, rbp",
+        "mov rdi, rbx",
+        "mov esi, {size}",
+        "mov eax, {munmap}",
+        "syscall",
+        "4:",
+        "ret",
+        tag = const VALUE_TAG,
+        size = const HANDLER_STACK,
+        mmap = const calls::MMAP,
+        munmap = const calls::MUNMAP,
+        pass_on = sym pass_on,
+        answer = sym answer,
+    )
+}
+
+/// A signal that is not ours goes to who had it before.
+unsafe extern "C" fn pass_on(signal: i32, info: *mut i32, context: *mut u64) {
+    let others = others().handler;
+    if others > 1 {
+        // SAFETY: what was installed as a handler of this kind.
+        unsafe {
             let handler: Handler = core::mem::transmute(others);
             handler(signal, info, context);
         }
+    }
+}
+
+/// A signal of ours. Returns if nothing came of it.
+unsafe extern "C" fn answer(info: *const i32, context: *mut u64, stack: u64) {
+    const SI_QUEUE: i32 = -1;
+    /// Words of a `ucontext`: `stack_t`, its flags in the second.
+    const ALTERNATE: usize = 2;
+    const SS_AUTODISARM: u64 = 1 << 31;
+    // SAFETY: the kernel passes a siginfo (the code at 8, the value at 24) and a ucontext.
+    unsafe {
+        // The kernel has taken it away for as long as the handler runs: put back, whoever looks at this thread sees it.
+        if *context.add(ALTERNATE + 1) & SS_AUTODISARM != 0 {
+            sys!(calls::SIGALTSTACK, context.add(ALTERNATE), 0);
+        }
+        if *info.add(2) == SI_QUEUE {
+            let value = *info.add(6).cast::<u64>();
+            freeze((value >> 32) as u16 as u64, value as u32, context, stack);
+        } else {
+            freeze(0, nonce_of_process(sys!(calls::GETPID, 0) as i32), context, stack);
+        }
+        // The driver went away before the thread had come: it has seen nothing of that either.
+        go_on(context, interrupted_call(context));
     }
 }
 
@@ -118,10 +210,12 @@ fn wait_for_change(seen: u32) {
     unsafe { sys!(calls::FUTEX, CHANGES.as_ptr(), 0, seen, pause.as_ptr()) };
 }
 
-/// What a thread needs on its way out. It lies on its own stack.
+/// What a thread needs on its way out. It lies on the handler's stack.
 #[repr(C)]
 struct Leave {
     context: *mut u64,
+    /// The handler's stack.
+    stack: u64,
     /// Its lane; the main lane for the host.
     lane: *mut Lane,
     arrival: *const Arrival,
@@ -129,7 +223,7 @@ struct Leave {
 }
 
 /// Takes part in a freeze, or finds that there is none.
-unsafe fn freeze(index: u64, nonce: u32, context: *mut u64) {
+unsafe fn freeze(index: u64, nonce: u32, context: *mut u64, stack: u64) {
     let session = (nonce as u64) << 32;
     loop {
         let seen = CHANGES.load(Ordering::SeqCst);
@@ -137,7 +231,7 @@ unsafe fn freeze(index: u64, nonce: u32, context: *mut u64) {
         if now == 0 {
             if SESSION.compare_exchange(0, session | OPENING, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
                 // SAFETY: as for this function.
-                unsafe { host(index, nonce, context) };
+                unsafe { host(index, nonce, context, stack) };
                 // It did not get in: there is no driver.
                 set_session(0);
                 return;
@@ -146,7 +240,7 @@ unsafe fn freeze(index: u64, nonce: u32, context: *mut u64) {
             USERS.fetch_add(1, Ordering::SeqCst);
             if SESSION.load(Ordering::SeqCst) == now {
                 // SAFETY: the region stays as long as we are counted.
-                unsafe { guest(index, context) };
+                unsafe { guest(index, context, stack) };
             }
             USERS.fetch_sub(1, Ordering::SeqCst);
         } else if now >> 32 == nonce as u64 || is_mapped(BASE.load(Ordering::SeqCst)) {
@@ -173,7 +267,7 @@ const F_DUPFD_CLOEXEC: u64 = 1030;
 const LOWEST_FD: u64 = 900;
 
 /// Connects to the driver, maps the region, and enters the main lane. Returns only if that did not come about.
-unsafe fn host(index: u64, nonce: u32, context: *mut u64) {
+unsafe fn host(index: u64, nonce: u32, context: *mut u64, stack: u64) {
     const AF_UNIX_SEQPACKET: (u64, u64) = (1, 5 | 0o2000000);
     BASE.store(0, Ordering::SeqCst);
     USERS.store(1, Ordering::SeqCst);
@@ -210,8 +304,8 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64) {
                     SIZE.store(welcome.size, Ordering::SeqCst);
                     let lane = (base + (CODE_SIZE + CONTROL_SIZE) as u64) as *mut Lane;
                     let arrival = lane.cast::<u8>().add(MAIN_LANE_SIZE - FRAME_SIZE).cast::<Arrival>();
-                    arrive(arrival, context);
-                    let leave = Leave { context, lane, arrival, host: true };
+                    arrive(arrival, context, stack);
+                    let leave = Leave { context, stack, lane, arrival, host: true };
                     let mut way_out = WayOut::EMPTY;
                     let frame = way_out.build(&raw const leave);
                     let ready = Ready { base, frame, socket, _reserved: 0 };
@@ -234,7 +328,7 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64) {
 }
 
 /// Enters the lane of this thread. Returns if the region was laid out without one.
-unsafe fn guest(index: u64, context: *mut u64) {
+unsafe fn guest(index: u64, context: *mut u64, stack: u64) {
     let base = BASE.load(Ordering::SeqCst);
     let at = (CODE_SIZE + CONTROL_SIZE + MAIN_LANE_SIZE) as u64 + index * THREAD_LANE_SIZE as u64;
     if at + THREAD_LANE_SIZE as u64 > SIZE.load(Ordering::SeqCst) {
@@ -244,8 +338,8 @@ unsafe fn guest(index: u64, context: *mut u64) {
     unsafe {
         let lane = (base + at) as *mut Lane;
         let arrival = lane.cast::<u8>().add(THREAD_LANE_SIZE - FRAME_SIZE).cast::<Arrival>();
-        arrive(arrival, context);
-        let leave = Leave { context, lane, arrival, host: false };
+        arrive(arrival, context, stack);
+        let leave = Leave { context, stack, lane, arrival, host: false };
         let mut way_out = WayOut::EMPTY;
         let frame = way_out.build(&raw const leave);
         (&raw mut (*lane).frame).write_volatile(frame);
@@ -284,7 +378,7 @@ pub unsafe fn enter(base: u64, lane: u64) -> ! {
 }
 
 /// Notes where a thread was.
-unsafe fn arrive(arrival: *mut Arrival, context: *const u64) {
+unsafe fn arrive(arrival: *mut Arrival, context: *const u64, stack: u64) {
     const ARCH_GET_FS: u64 = 0x1003;
     const ARCH_GET_GS: u64 = 0x1004;
     // SAFETY: a ucontext of the kernel, whose word 28 leads to its xsave area (asm/sigcontext.h).
@@ -297,6 +391,7 @@ unsafe fn arrive(arrival: *mut Arrival, context: *const u64) {
         sys!(calls::ARCH_PRCTL, ARCH_GET_FS, &raw mut (*arrival).fs_base);
         sys!(calls::ARCH_PRCTL, ARCH_GET_GS, &raw mut (*arrival).gs_base);
         (*arrival).interrupted = interrupted_call(context);
+        (*arrival).stack = stack;
         (*arrival).tid = sys!(calls::GETTID, 0) as i32;
         let area = *context.add(28) as *const u8;
         // sw_reserved: magic1, extended size, features, xstate size
@@ -316,6 +411,7 @@ const RDX: usize = 17;
 const R10: usize = 7;
 const RAX: usize = 18;
 const RCX: usize = 19;
+const RSP: usize = 20;
 const RIP: usize = 21;
 const MASK: usize = 37;
 
@@ -324,6 +420,17 @@ const GIVE_EINTR: [u16; 31] = [
     0, 1, 7, 19, 20, 23, 34, 35, 42, 43, 44, 45, 46, 47, 65, 69, 70, 128, 130, 202, 208, 220, 230, 232, 270, 271, 281,
     288, 299, 307, 441,
 ];
+
+fn gives_eintr(number: u32) -> bool {
+    let mut n = 0;
+    while n < GIVE_EINTR.len() {
+        if GIVE_EINTR[n] as u32 == number {
+            return true;
+        }
+        n += 1;
+    }
+    false
+}
 
 /// The number of the call that gave EINTR because of our signal.
 ///
@@ -336,6 +443,9 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
         if *context.add(RAX) as i64 != -calls::EINTR || *context.add(RCX) != rip {
             return NO_CALL;
         }
+        if let Some(number) = by_number::number_at(rip, *context.add(RSP)) {
+            return if gives_eintr(number as u32) { number as i64 } else { NO_CALL };
+        }
         let code = rip - 2;
         if *(code as *const u8) != 0x0f || *((code + 1) as *const u8) != 0x05 {
             return NO_CALL;
@@ -346,12 +456,8 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
             // mov $N, %eax
             if *(at as *const u8) == 0xb8 {
                 let number = (at as *const u8).add(1).cast::<u32>().read_unaligned();
-                let mut n = 0;
-                while n < GIVE_EINTR.len() {
-                    if GIVE_EINTR[n] as u32 == number {
-                        return number as i64;
-                    }
-                    n += 1;
+                if gives_eintr(number) {
+                    return number as i64;
                 }
             }
             at -= 1;
@@ -396,11 +502,9 @@ impl WayOut {
 unsafe extern "C" fn leave(leave: *const Leave) -> ! {
     // SAFETY: the thread is still counted in USERS, so the region is there until it says otherwise.
     unsafe {
-        let Leave { context, lane, arrival, host } = leave.read();
+        let Leave { context, stack, lane, arrival, host } = leave.read();
         let interrupted = (&raw const (*arrival).interrupted).read_volatile();
-        if interrupted >= 0 && !is_signalled(context) {
-            wind_back(context, interrupted as u64);
-        }
+        go_on(context, interrupted);
         if host {
             let session = SESSION.load(Ordering::SeqCst);
             set_session(session & !0xffff_ffff | CLOSING);
@@ -420,7 +524,9 @@ unsafe extern "C" fn leave(leave: *const Leave) -> ! {
             USERS.fetch_sub(1, Ordering::SeqCst);
             changed();
         }
-        asm!("mov rsp, {0}", "mov eax, 15", "syscall", "ud2", in(reg) context, options(noreturn))
+        // From here on without a stack.
+        asm!("syscall", "mov rsp, r12", "mov eax, 15", "syscall", "ud2", in("rax") calls::MUNMAP, in("rdi") stack,
+            in("rsi") HANDLER_STACK, in("r12") context, options(noreturn))
     }
 }
 
@@ -442,6 +548,16 @@ unsafe fn is_signalled(context: *const u64) -> bool {
         }
     }
     false
+}
+
+/// Before a thread goes on where it was: a call that was interrupted by nothing but our signal goes on, too.
+unsafe fn go_on(context: *mut u64, interrupted: i64) {
+    // SAFETY: a ucontext of the kernel.
+    unsafe {
+        if interrupted >= 0 && !is_signalled(context) {
+            wind_back(context, interrupted as u64);
+        }
+    }
 }
 
 /// Has a call that was interrupted run again, with the time that was left where the kernel has told it.

@@ -18,13 +18,17 @@
 #[path = "../../agent/src/protocol.rs"]
 #[allow(dead_code)]
 mod agent;
+mod altstack;
+mod by_number;
 mod calls;
+mod environment;
 mod exec;
 mod freeze;
 #[path = "../src/protocol.rs"]
 #[allow(dead_code)]
 mod protocol;
 mod start;
+mod unprotected;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

@@ -54,7 +54,7 @@ pub const START: &str = "start the program with: ckpt run --backend preload -- C
 
 /// Whether a process has the shim, as far as can be seen without asking it: whether it handles the signal, which no
 /// program can do by itself (but one that cancels threads).
-pub fn has_shim(status: &Status) -> bool {
+pub fn handles_signal(status: &Status) -> bool {
     status.mask("SigCgt").is_some_and(|caught| caught >> (SIGNAL - 1) & 1 == 1)
 }
 
@@ -90,7 +90,7 @@ pub fn validate(root: Pid) -> Result<(), DumpError> {
             Err(_) => break,
         };
     }
-    if !has_shim(&status) {
+    if !handles_signal(&status) {
         return refuse("it was not started with the shim, so nothing in it listens to ckpt", START);
     }
     Ok(())
@@ -251,7 +251,7 @@ impl Meeting {
                 let index = threads.len();
                 let Asked { tid, call } = &asked[index];
                 let thread = lane(index);
-                let arrived = index == 0 || self.wait_for(&process, pid, *tid, &thread)?;
+                let arrived = index == 0 || self.wait_for(&process, *tid, &thread)?;
                 threads.push(arrived.then(|| come(*tid, thread, index == 0, &channel, call.as_ref())));
             }
             let now = tids(&process)?;
@@ -292,7 +292,7 @@ impl Meeting {
         while Instant::now() < end {
             // One that has ended is looked at again by whoever is next.
             match process.proc.status() {
-                Ok(status) if !has_shim(&status) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(status) if !handles_signal(&status) => std::thread::sleep(Duration::from_millis(1)),
                 Ok(_) => return Ok(()),
                 Err(error) => return Err(gone(pid, error)),
             }
@@ -436,7 +436,7 @@ impl Meeting {
     }
 
     /// Waits for a thread to be in its lane; false if it ended instead.
-    fn wait_for(&self, process: &Process, pid: Pid, tid: Pid, lane: &Channel) -> Result<bool, DumpError> {
+    fn wait_for(&self, process: &Process, tid: Pid, lane: &Channel) -> Result<bool, DumpError> {
         let mut looks = 0;
         loop {
             if lane.has_arrived() {
@@ -456,11 +456,7 @@ impl Meeting {
                 _ => {}
             }
             if Instant::now() > self.deadline {
-                return Err(DumpError::FreezeTimedOut {
-                    pid,
-                    seconds: self.timeout.as_secs(),
-                    state: state.unwrap_or('?'),
-                });
+                return Err(self.silent(process, tid, state.unwrap_or('?')));
             }
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -475,7 +471,20 @@ impl Meeting {
         if stat.state == 'Z' && stat.num_threads <= 1 {
             return Ok(Stopped::Zombie(Zombie { task: task(pid, &stat), status: stat.exit_code }));
         }
-        Err(DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state: stat.state })
+        Err(self.silent(process, pid, stat.state))
+    }
+
+    /// A thread that did not come in time: why, as far as can be seen.
+    ///
+    /// Not seen at once, as the shim itself holds the signal back while one program becomes another.
+    fn silent(&self, process: &Process, tid: Pid, state: char) -> DumpError {
+        let pid = process.proc.pid();
+        let blocked = process.proc.thread_status(tid).ok().and_then(|status| status.mask("SigBlk")).unwrap_or(0);
+        if state != 'D' && blocked >> (SIGNAL - 1) & 1 == 1 {
+            let why = format!("thread {tid} blocks every signal, that of the shim ({SIGNAL}) as well");
+            return refusal(pid, "tasks", &why, "try again when it lets them in, or use --backend ptrace");
+        }
+        DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state }
     }
 }
 
@@ -487,7 +496,7 @@ struct Greeted {
 /// What can be seen beforehand to have no answer.
 fn refuse_unreachable(pid: Pid, proc: &ProcDir, stat: &Stat) -> Result<(), DumpError> {
     let status = proc.status().map_err(|error| gone(pid, error))?;
-    if !has_shim(&status) {
+    if !handles_signal(&status) {
         let name = String::from_utf8_lossy(&stat.comm).into_owned();
         let why = format!(
             "it ({name}) runs without the shim: it is statically linked, has other privileges, or has just been started"

@@ -34,7 +34,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::freeze::{self, StoppedProcess, StoppedThread};
-use crate::protocol::{Arrival, SIGNAL};
+use crate::protocol::{Arrival, HANDLER_STACK, SIGNAL};
 use crate::sys;
 
 /// A frozen process.
@@ -781,8 +781,10 @@ impl Target for FrozenTarget {
 
     fn footprint(&self) -> Footprint {
         let (start, size) = self.region;
-        let region = start..start + size as u64;
-        Footprint { mappings: vec![region], fds: vec![self.socket], spare_fds: 0, special: Vec::new() }
+        let stacks = self.threads.iter().map(|found| found.arrival.stack);
+        let stacks = stacks.map(|stack| stack..stack + HANDLER_STACK as u64);
+        let mappings = std::iter::once(start..start + size as u64).chain(stacks).collect();
+        Footprint { mappings, fds: vec![self.socket], spare_fds: 0, special: Vec::new() }
     }
 
     fn context(&mut self, thread: usize) -> Result<Context, TargetError> {

@@ -12,6 +12,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod find;
 mod freeze;
 mod frozen;
 mod ids;
@@ -55,9 +56,6 @@ fn capability() -> Capability {
             "several entries of an epoll under one closed number",
             "what is left of a timeout, where the kernel does not tell",
             "deleted executables",
-            // The kernel's frame fills the alternate stack of a thread that has used them, and the handler has no room: the
-            // program ends. To be mended by a stack of the shim's own.
-            "AMX tiles",
             // Its shim cannot map the region, and says no more than that it does not come.
             "naming the limit that is in the way",
             // The way out of a skeleton lies there, and nobody is left to put back what it lies over.

@@ -31,7 +31,7 @@ pub const fn nonce_of_process(pid: i32) -> u32 {
 }
 
 /// Begins every [`Hello`]; the last byte is the version of all that is in this file and in the agent's protocol.
-pub const MAGIC: u64 = 0x636b_7074_7368_6d01;
+pub const MAGIC: u64 = 0x636b_7074_7368_6d02;
 
 /// The name of the socket, after its zero byte: this, and eight hexadecimal digits.
 pub const SOCKET_PREFIX: &[u8; 13] = b"ckpt-preload-";
@@ -96,7 +96,11 @@ pub struct Arrival {
     pub xsave_size: u64,
     pub tid: i32,
     pub _reserved: i32,
+    /// Where the handler has its stack of [`HANDLER_STACK`] bytes: a mapping that is not the program's.
+    pub stack: u64,
 }
+
+pub const HANDLER_STACK: usize = 16 * 1024;
 
 pub const NO_CALL: i64 = -1;
 /// It gave EINTR, and the code does not tell which call it was.

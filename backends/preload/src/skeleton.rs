@@ -792,6 +792,10 @@ impl Target for SkeletonTarget {
         if let Some(rseq) = context.rseq {
             batch.call(Sysno::rseq, args![rseq.address, rseq.size, 0, rseq.signature]);
         }
+        if frame::has_tiles(&context.registers.xsave) {
+            // Before that, the kernel has no room for them in this thread.
+            batch.use_tiles();
+        }
         self.run_on(thread, &batch)?;
         self.contexts[thread] = Some(context.clone());
         Ok(())

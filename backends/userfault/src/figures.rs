@@ -22,6 +22,8 @@ pub struct Figures {
     pub pages: Sources,
     /// How long it took to bring in the working set, before the release.
     pub working_set_us: u64,
+    /// The working set is the guess of the dump: nothing was recorded.
+    pub working_set_guessed: bool,
     /// Why a working set that is there was not used, or was not recorded.
     pub working_set_trouble: Option<String>,
     /// Of a recording.

@@ -74,7 +74,7 @@ pub struct Guarded<'a> {
 /// What the guardian says to the command when the pager was lost.
 pub const LOST: u8 = b'L';
 
-/// Starts a guardian. Call with one thread only.
+/// Starts a guardian. Call with one thread, or with others that allocate nothing and hold no lock that it would need.
 pub fn start(guarded: &Guarded<'_>) -> io::Result<Pid> {
     match sys::fork_sharing_descriptors()? {
         sys::Fork::Parent(guardian) => Ok(guardian),

@@ -11,18 +11,25 @@
 //! closes the descriptors, and nothing of it is left. What happens when it is killed before that is the business of the
 //! guardian (`guardian.rs`).
 //!
+//! Shared memory that only mappings lead to is registered as well, in every process that maps it, with a userfaultfd of its
+//! own. The pager puts pages into the memory itself, through a mapping that it makes of it.
+//!
 //! Filled before the release, as the kernel or the promise of the memory wants it so: changed pages of private file
-//! mappings, memory that is shared, locked memory, and mappings with only a few pages.
+//! mappings, shared memory that descriptors lead to (what goes through these does not wait for a page), locked memory, and
+//! mappings with only a few pages.
 
 #![deny(unsafe_code)]
 
+mod ahead;
 mod figures;
 mod guardian;
+mod guess;
 mod outstanding;
 mod page_server;
 mod pager;
 mod probe;
 mod restorer;
+mod shared;
 mod source;
 #[allow(unsafe_code)]
 mod sys;
@@ -31,11 +38,14 @@ mod working_set;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use ckpt_core::resource::memory::{Mapping, Memory, Source};
-use ckpt_core::{Backend, Capability, inventory, resource};
+use ckpt_core::resource::descriptors::FileKind;
+use ckpt_core::resource::memory::{Mapping, Memory, Object, ObjectId, ObjectKind, Source};
+use ckpt_core::{Backend, Capability, Image, inventory, resource};
 
 pub use figures::{Compared, Figures, Percentiles, Recorded, Sources};
+pub use guess::leave_first_guess;
 pub use page_server::Token;
+pub use page_server::channel::{Credentials, Tls};
 pub use page_server::client::{PagesFrom, Stub, fetch, fetch_eager};
 pub use page_server::server::PageServer;
 pub use restorer::{Pager, Told, UserfaultRestorer};
@@ -135,6 +145,51 @@ impl OnLoss {
 /// Below this nothing is registered: see [`sys::Userfault::probe`].
 const LOWEST: u64 = 16 << 20;
 
+/// The objects whose pages are brought in later: those that nobody can reach but through mappings of the tree, which are
+/// all registered. A descriptor leads around that: `read` would find a hole where a page is missing.
+fn lazy_objects<'a>(image: &'a Image, options: &'a Options) -> impl Iterator<Item = (ObjectId, &'a Object)> {
+    let all = image.memory_objects.iter().enumerate().map(|(index, object)| (ObjectId(index as u32), object));
+    all.filter(|(id, object)| is_lazy_object(image, *id, object, options))
+}
+
+fn is_lazy_object(image: &Image, id: ObjectId, object: &Object, options: &Options) -> bool {
+    const NO_MORE_WRITES: u32 = (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) as u32;
+    let is_unreachable = match &object.kind {
+        ObjectKind::Anonymous => true,
+        // Whoever is permitted to can attach it.
+        ObjectKind::Segment { .. } => false,
+        ObjectKind::Memfd { seals, .. } => {
+            let is_it = |kind: &FileKind| matches!(kind, FileKind::Memfd(memfd) if memfd.object == id);
+            seals & NO_MORE_WRITES == 0 && !image.files.iter().any(|file| is_it(&file.kind))
+        }
+    };
+    let pages: u64 = object.pages.iter().map(|run| run.extent.pages).sum();
+    if !is_unreachable || pages <= options.eager_pages || !probe::can_register_shared_memory() {
+        return false;
+    }
+    let mappings = image.processes.iter().flat_map(|process| &process.memory.mappings);
+    let mut windows = mappings.filter(|mapping| object_of(mapping).is_some_and(|(of, _)| of == id)).peekable();
+    windows.peek().is_some()
+        && windows.all(|mapping| {
+            // The kernel registers only what may be made writable.
+            let writable = matches!(mapping.source, Source::Object { writable: true, .. });
+            mapping.shared && writable && !is_locked(mapping) && mapping.guards.is_empty() && mapping.start >= LOWEST
+        })
+}
+
+/// The object that a mapping is of, and where it begins in it.
+fn object_of(mapping: &Mapping) -> Option<(ObjectId, u64)> {
+    match mapping.source {
+        Source::Object { id, offset, .. } => Some((id, offset)),
+        _ => None,
+    }
+}
+
+/// Locked memory was promised to be there.
+fn is_locked(mapping: &Mapping) -> bool {
+    mapping.flags.contains(b"lo") && !mapping.flags.contains(b"lf")
+}
+
 /// The mappings whose pages are brought in later.
 fn lazy_mappings<'a>(memory: &'a Memory, options: &'a Options) -> impl Iterator<Item = &'a Mapping> {
     memory.mappings.iter().filter(|mapping| is_lazy(memory, mapping, options))
@@ -142,15 +197,13 @@ fn lazy_mappings<'a>(memory: &'a Memory, options: &'a Options) -> impl Iterator<
 
 fn is_lazy(memory: &Memory, mapping: &Mapping, options: &Options) -> bool {
     let pages: u64 = mapping.pages.iter().map(|run| run.extent.pages).sum();
-    // Locked memory was promised to be there.
-    let locked = mapping.flags.contains(b"lo") && !mapping.flags.contains(b"lf");
     // Whoever reads /proc/PID/cmdline or environ does not wait for a fault to be answered, but gets nothing.
     let layout = &memory.layout;
     let named =
         layout.arg_start.min(layout.env_start) < mapping.end && layout.arg_end.max(layout.env_end) > mapping.start;
     mapping.source == Source::Anonymous
         && !mapping.shared
-        && !locked
+        && !is_locked(mapping)
         && !named
         && pages > options.eager_pages
         && mapping.start >= LOWEST

@@ -1,10 +1,12 @@
 //! The pager: a process of its own that answers the faults of a restored tree, brings in the rest, and ends.
 //!
-//! It has one thread. Between two steps of the background sweep it looks for faults, so it needs no lock between the two,
+//! It has one thread (and one that reads ahead for it, `ahead.rs`). Between two steps of the background sweep it looks for faults, so it needs no lock between the two,
 //! and an answer waits for one step at most. What the tree does to its memory meanwhile (fork, mremap, munmap,
 //! `MADV_DONTNEED`) comes as an event, and whoever did it waits until the event was taken. While it waits, the kernel
 //! refuses to put pages into that address space, so that none can get where it no longer belongs. That is why events are
 //! applied before any fault of the same reading is answered.
+//!
+//! Shared memory is another matter (`shared.rs`).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -12,7 +14,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use ckpt_core::procfs::ProcDir;
-use ckpt_core::resource::memory::Memory;
+use ckpt_core::resource::memory::{Memory, Object, Pages};
 use ckpt_core::store::ImageReader;
 use ckpt_core::{PAGE_SIZE, Pid};
 use nix::cmsg_space;
@@ -25,10 +27,11 @@ use crate::figures::{Compared, Figures, Histogram, Recorded};
 use crate::guardian::{self, Guarded, LastLine, Notes};
 use crate::outstanding::{Outstanding, Run};
 use crate::page_server::client::Remote;
+use crate::shared::Kind;
 use crate::source::{Checksums, PageFile, Source};
 use crate::sys::{self, Event, Obstacle, Userfault};
 use crate::working_set::{Recording, WorkingSet};
-use crate::{Options, WorkingSetUse, lazy_mappings};
+use crate::{Options, WorkingSetUse, lazy_mappings, lazy_objects};
 
 /// Pages that one step of the sweep brings in: 64 KiB. An answer to a fault may have to wait for as long as that takes.
 const STEP: u64 = 16;
@@ -39,9 +42,12 @@ const AHEAD: u64 = 2048;
 const DESCRIPTORS: (u64, u64) = (4096, 8);
 
 /// What the restore command says to the pager: a new address space (with its userfaultfd); that it waits until the pager
-/// has taken all of these and is guarded; that the tree runs.
+/// has taken all that it was sent and is guarded; that the tree runs.
 pub mod message {
     pub const SPACE: u8 = b'S';
+    /// A shared object (with a descriptor of it); what a process maps of such (with its userfaultfd for that).
+    pub const OBJECT: u8 = b'O';
+    pub const SHARED: u8 = b'M';
     pub const PREPARE: u8 = b'P';
     pub const RELEASED: u8 = b'R';
     /// And back: that it is prepared; and last of all figures as JSON, or what went wrong, in words.
@@ -90,6 +96,7 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let image = reader.image();
     let lazy = image.processes.iter().flat_map(|process| lazy_mappings(&process.memory, options));
     let lazy = lazy.flat_map(|mapping| &mapping.pages);
+    let lazy = lazy.chain(lazy_objects(image, options).flat_map(|(_, object)| &object.pages));
     let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
     let pages = reader.pages().as_raw_fd();
     sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
@@ -113,6 +120,7 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let pager = Box::leak(Box::new(Pager {
         pids,
         memories: image.processes.iter().map(|process| &process.memory).collect(),
+        objects: &image.memory_objects,
         options,
         sweep: options.sweep,
         source,
@@ -155,25 +163,26 @@ const CONTROL: u64 = 1 << 32;
 const MEMBER: u64 = 2 << 32;
 const GUARDIAN: u64 = 3 << 32;
 
-/// One address space.
-struct Space {
-    fault: Userfault,
-    left: Outstanding,
+/// One address space, with what of it is private; or a shared object; or what an address space maps of such.
+pub(crate) struct Space {
+    pub fault: Userfault,
+    pub kind: Kind,
+    pub left: Outstanding,
     /// Where the sweep goes on.
-    cursor: u64,
+    pub cursor: u64,
     /// Up to where the source was told.
-    announced: u64,
+    pub announced: u64,
     /// Whose it is: of a process that the tree made since, not known until it touches a missing page.
-    pid: Option<Pid>,
+    pub pid: Option<Pid>,
     /// Its index in the image.
-    process: Option<usize>,
+    pub process: Option<usize>,
     /// What a child of it finds as zeros, as it was when it was forked itself (`MADV_WIPEONFORK`).
-    wiped: Vec<(u64, u64)>,
+    pub wiped: Vec<(u64, u64)>,
 }
 
 /// Why a page is brought in.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reason {
+pub(crate) enum Reason {
     WorkingSet,
     Fault,
     Around,
@@ -188,18 +197,19 @@ struct Recorder {
     _note: Recording,
 }
 
-struct Pager<'a> {
+pub(crate) struct Pager<'a> {
     /// Of the processes of the image.
     pids: Vec<Pid>,
     memories: Vec<&'a Memory>,
+    pub(crate) objects: &'a [Object],
     options: &'a Options,
     /// Bring in what nobody asked for, too. SIGUSR1 begins with it, where that was not wanted before.
     sweep: bool,
-    source: Box<dyn Source + 'a>,
+    pub(crate) source: Box<dyn Source + 'a>,
     epoll: Epoll,
     control: OwnedFd,
     /// By their tokens; none, where one is done with.
-    spaces: Vec<Option<Space>>,
+    pub(crate) spaces: Vec<Option<Space>>,
     /// Faults that could not be answered while their address space was being changed, and when they came.
     deferred: Vec<(usize, u64, Instant)>,
     /// What lies around pages that were wanted.
@@ -216,7 +226,7 @@ struct Pager<'a> {
     buffer: Vec<u8>,
     recorder: Option<Recorder>,
     latencies: Histogram,
-    figures: Figures,
+    pub(crate) figures: Figures,
 }
 
 impl Pager<'_> {
@@ -311,13 +321,21 @@ impl Pager<'_> {
                 let process = word(8) as usize;
                 self.figures.pages.eager += word(16);
                 let mut left = Outstanding::default();
-                let memory = self.memories.get(process).copied();
-                for mapping in memory.into_iter().flat_map(|memory| lazy_mappings(memory, self.options)) {
+                for mapping in
+                    self.memory_of(process).into_iter().flat_map(|memory| lazy_mappings(memory, self.options))
+                {
                     for run in &mapping.pages {
                         left.add(Run { start: run.start, first: run.extent.first, pages: run.extent.pages });
                     }
                 }
-                self.add_space(fd, left, Some(process), Vec::new())
+                self.add_space(fd, Kind::Private, left, Some(process), Vec::new())
+            }
+            (message::OBJECT, Some(fd)) => self.add_object(word(8) as usize, fd),
+            (message::SHARED, Some(fd)) => {
+                let process = word(8) as usize;
+                self.figures.pages.eager += word(16);
+                let windows = self.windows_of(process);
+                self.add_space(fd, Kind::Windows(windows), Outstanding::default(), Some(process), Vec::new())
             }
             (message::PREPARE, _) => {
                 self.bring_working_set()?;
@@ -345,9 +363,10 @@ impl Pager<'_> {
         }
     }
 
-    fn add_space(
+    pub(crate) fn add_space(
         &mut self,
         fd: OwnedFd,
+        kind: Kind,
         left: Outstanding,
         process: Option<usize>,
         wiped: Vec<(u64, u64)>,
@@ -357,9 +376,13 @@ impl Pager<'_> {
         let pid = process.and_then(|process| self.pids.get(process).copied());
         let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
         self.epoll.add(fault.fd(), event).map_err(|errno| format!("watching a userfaultfd: {errno}"))?;
-        self.spaces.push(Some(Space { fault, left, cursor: 0, announced: 0, pid, process, wiped }));
+        self.spaces.push(Some(Space { fault, kind, left, cursor: 0, announced: 0, pid, process, wiped }));
         self.close_if_done(token as usize);
         Ok(())
+    }
+
+    pub(crate) fn memory_of(&self, process: usize) -> Option<&Memory> {
+        self.memories.get(process).copied()
     }
 
     // --- the working set ---
@@ -370,18 +393,27 @@ impl Pager<'_> {
         let begun = Instant::now();
         let set = match WorkingSet::load(image) {
             Ok(Some(set)) => set,
-            Ok(None) => return Ok(()),
-            Err(why) => {
-                self.figures.working_set_trouble = Some(why);
-                return Ok(());
+            recorded => {
+                self.figures.working_set_trouble = recorded.err();
+                let Some(guess) = WorkingSet::load_guess(image) else { return Ok(()) };
+                self.figures.working_set_guessed = true;
+                guess
             }
         };
         // Where the pages of the page file belong: number, how many, address, space.
         let mut places = Vec::new();
         for (index, space) in self.spaces.iter().enumerate() {
-            let Some(process) = space.as_ref().and_then(|space| space.process) else { continue };
-            for run in lazy_mappings(self.memories[process], self.options).flat_map(|mapping| &mapping.pages) {
-                places.push((run.extent.first, run.extent.pages, run.start, index));
+            let mut note = |run: &Pages, base: u64| {
+                places.push((run.extent.first, run.extent.pages, base + run.start, index));
+            };
+            match space.as_ref().map(|space| (&space.kind, space.process)) {
+                Some((Kind::Private, Some(process))) => lazy_mappings(self.memories[process], self.options)
+                    .flat_map(|mapping| &mapping.pages)
+                    .for_each(|run| note(run, 0)),
+                Some((Kind::Object { id, window }, _)) => {
+                    self.objects[*id].pages.iter().for_each(|run| note(run, window.address()));
+                }
+                _ => {}
             }
         }
         places.sort_unstable();
@@ -464,6 +496,9 @@ impl Pager<'_> {
 
     fn take_events(&mut self, index: usize) -> Result<(), String> {
         let Some(space) = &mut self.spaces[index] else { return Ok(()) };
+        if let Kind::Windows(_) = space.kind {
+            return self.take_shared_events(index);
+        }
         let mut events = Vec::new();
         space.fault.events(&mut events).map_err(|error| format!("reading a userfaultfd: {error}"))?;
         let now = Instant::now();
@@ -472,14 +507,7 @@ impl Pager<'_> {
             let Some(space) = &mut self.spaces[index] else { break };
             match event {
                 Event::Fault { address, tid } => {
-                    if space.pid.is_none()
-                        && let Some(pid) = leader_of(tid)
-                        && let Ok(pidfd) = sys::pidfd_open(pid)
-                    {
-                        space.pid = Some(pid);
-                        self.notes.add_member(pidfd.as_raw_fd());
-                        self.members.push(pidfd);
-                    }
+                    self.meet(index, tid);
                     faults.push(address);
                 }
                 Event::Fork(fd) => {
@@ -488,13 +516,15 @@ impl Pager<'_> {
                     for &(start, end) in &wiped {
                         left.take(start, end);
                     }
-                    self.add_space(fd, left, None, wiped)?;
+                    self.add_space(fd, Kind::Private, left, None, wiped)?;
                 }
                 Event::Moved { from, to, len } => {
                     space.left.shift(from, to, len);
                     (space.cursor, space.announced) = (0, 0);
                 }
-                Event::Removed { start, end } => self.figures.pages.never += space.left.take(start, end),
+                Event::Removed { start, end } | Event::Unmapped { start, end } => {
+                    self.figures.pages.never += space.left.take(start, end);
+                }
             }
         }
         for address in faults {
@@ -505,19 +535,45 @@ impl Pager<'_> {
         Ok(())
     }
 
+    /// Learns whose an address space is, where it was not known, by one of its threads.
+    pub(crate) fn meet(&mut self, index: usize, tid: Pid) {
+        if let Some(space) = &mut self.spaces[index]
+            && space.pid.is_none()
+            && let Some(pid) = leader_of(tid)
+            && let Ok(pidfd) = sys::pidfd_open(pid)
+        {
+            space.pid = Some(pid);
+            self.notes.add_member(pidfd.as_raw_fd());
+            self.members.push(pidfd);
+        }
+    }
+
     /// Gives a thread the page it waits for.
-    fn answer(&mut self, index: usize, address: u64, since: Instant) -> Result<(), String> {
-        let Some(space) = &mut self.spaces[index] else { return Ok(()) };
-        let outcome = match space.left.page(address) {
+    pub(crate) fn answer(&mut self, index: usize, address: u64, since: Instant) -> Result<(), String> {
+        // Shared memory is in another place, and the same for all who wait.
+        let (owner, place) = self.place_of(index, address);
+        let missing = self.spaces[owner].as_ref().and_then(|space| space.left.page(place));
+        let outcome = match missing {
             Some(run) => {
                 let step = STEP * PAGE_SIZE;
-                let window = address / step * step;
+                let window = place / step * step;
                 if let Some(recorder) = &mut self.recorder {
                     recorder.touched.push(run.first);
                 } else if self.sweep {
-                    self.hot.push_back((index, window, window + step));
+                    self.hot.push_back((owner, window, window + step));
                 }
-                self.bring(index, run, Reason::Fault)?
+                self.bring(owner, run, Reason::Fault)?
+            }
+            None => Outcome::Done,
+        };
+        let Some(space) = &mut self.spaces[index] else { return Ok(()) };
+        let outcome = match missing {
+            Some(_) => {
+                if owner != index {
+                    space.fault.wake(address, PAGE_SIZE);
+                    self.close_if_done(owner);
+                }
+                outcome
             }
             None => match space.fault.zero(address, PAGE_SIZE).1 {
                 None => {
@@ -544,9 +600,8 @@ impl Pager<'_> {
     }
 
     /// Puts pages into an address space.
-    fn bring(&mut self, index: usize, run: Run, reason: Reason) -> Result<Outcome, String> {
-        let buffer = &mut self.buffer[..run.bytes() as usize];
-        self.source.read(run, buffer)?;
+    pub(crate) fn bring(&mut self, index: usize, run: Run, reason: Reason) -> Result<Outcome, String> {
+        let content = self.source.read(run, reason == Reason::Sweep, &mut self.buffer[..run.bytes() as usize])?;
         let mut done = 0;
         // Where the whole does not fit one mapping any more, page by page.
         let mut at_once = run.pages;
@@ -555,7 +610,7 @@ impl Pager<'_> {
             let rest = run.after(done);
             let pages = rest.pages.min(at_once);
             let from = (done * PAGE_SIZE) as usize;
-            let (bytes, obstacle) = space.fault.copy(rest.start, &buffer[from..from + (pages * PAGE_SIZE) as usize]);
+            let (bytes, obstacle) = space.fault.copy(rest.start, &content[from..from + (pages * PAGE_SIZE) as usize]);
             let copied = space.left.take(rest.start, rest.start + bytes);
             done += bytes / PAGE_SIZE;
             match reason {
@@ -656,23 +711,40 @@ impl Pager<'_> {
 
     /// Lets go of an address space that misses nothing any more: the kernel unregisters its memory, wakes who waits for a
     /// page of zeros, and nothing is left to be seen.
-    fn close_if_done(&mut self, index: usize) {
-        if self.spaces[index].as_ref().is_some_and(|space| space.left.left() == 0) {
+    pub(crate) fn close_if_done(&mut self, index: usize) {
+        let Some(space) = &self.spaces[index] else { return };
+        let is_done = match &space.kind {
+            Kind::Windows(_) => !self.misses_shared(index),
+            Kind::Private | Kind::Object { .. } => space.left.left() == 0,
+        };
+        if is_done {
             self.drop_space(index);
         }
     }
 
-    fn drop_space(&mut self, index: usize) {
-        if let Some(space) = self.spaces[index].take() {
-            self.figures.pages.never += space.left.left();
-            let _ = self.epoll.delete(space.fault.fd());
+    pub(crate) fn drop_space(&mut self, index: usize) {
+        let Some(space) = self.spaces[index].take() else { return };
+        self.figures.pages.never += space.left.left();
+        match space.kind {
+            Kind::Private => _ = self.epoll.delete(space.fault.fd()),
+            Kind::Windows(windows) => {
+                let _ = self.epoll.delete(space.fault.fd());
+                self.drop_unseen(&windows);
+            }
+            Kind::Object { .. } => {
+                for index in 0..self.spaces.len() {
+                    if matches!(&self.spaces[index], Some(Space { kind: Kind::Windows(_), .. })) {
+                        self.close_if_done(index);
+                    }
+                }
+            }
         }
     }
 
     /// Lets go of the address spaces that are no more.
     fn bury(&mut self) {
         for index in 0..self.spaces.len() {
-            if self.spaces[index].as_ref().is_some_and(|space| space.fault.is_gone()) {
+            if self.spaces[index].as_ref().is_some_and(|space| space.kind.is_of_tree() && space.fault.is_gone()) {
                 self.drop_space(index);
             }
         }
@@ -680,7 +752,7 @@ impl Pager<'_> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+pub(crate) enum Outcome {
     Done,
     /// The address space is being changed: once more, when the event was taken.
     Changing,

@@ -22,11 +22,23 @@ const NAMES: [(&str, u64); 5] = [
 /// The backend that makes processes and lets them go.
 pub const UNDERNEATH: &str = "ptrace";
 
+/// What is better with it, and goes without.
+const WISHES: [(&str, u64); 1] = [("userfaultfd for shared memory", sys::FEATURE_MISSING_SHMEM)];
+
+/// Whether this kernel registers shared memory (4.11): without that it is filled before the release.
+pub fn can_register_shared_memory() -> bool {
+    static CAN: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *CAN.get_or_init(|| {
+        let kernel = Userfault::create().and_then(|fault| fault.enable(0));
+        kernel.is_ok_and(|has| has & sys::FEATURE_MISSING_SHMEM != 0)
+    })
+}
+
 pub fn probe() -> Probe {
     let dump = Availability::Unavailable("restores only; dump with --backend ptrace".into());
     let kernel = Userfault::create().and_then(|fault| fault.enable(0));
     let has = *kernel.as_ref().unwrap_or(&0);
-    let features = NAMES.map(|(name, bit)| (name, has & bit != 0)).to_vec();
+    let features = NAMES.iter().chain(&WISHES).map(|&(name, bit)| (name, has & bit != 0)).collect();
     let restore = match restorer_underneath().and_then(|()| userfault(kernel)) {
         Ok(()) => Availability::Available,
         Err(why) => Availability::Unavailable(why),

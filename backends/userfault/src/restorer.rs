@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ckpt_core::batch::{Batch, Sysno};
 use ckpt_core::progress::Meter;
-use ckpt_core::resource::memory::{Eager, Filler, Mapping, Memory, NAME};
+use ckpt_core::resource::memory::{Eager, Filler, Mapping, Memory, NAME, ObjectId};
 use ckpt_core::store::ImageReader;
 use ckpt_core::{Image, Pid, Refusal, RestoreError, Restorer, Skeleton, Target, TargetError, args, registry};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,7 +18,7 @@ use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockTy
 use crate::figures::Figures;
 use crate::pager::{self, message};
 use crate::sys::{self, Userfault};
-use crate::{Options, guardian, is_lazy, probe};
+use crate::{Options, guardian, is_lazy, lazy_objects, object_of, probe};
 
 /// Restores trees whose memory follows.
 pub struct UserfaultRestorer {
@@ -89,7 +89,14 @@ impl Restorer for UserfaultRestorer {
     }
 
     fn filler(&self) -> Box<dyn Filler> {
-        Box::new(LazyFiller { options: self.options.clone(), pager: self.pager.clone(), affinity: self.affinity })
+        Box::new(LazyFiller {
+            options: self.options.clone(),
+            pager: self.pager.clone(),
+            affinity: self.affinity,
+            objects: Vec::new(),
+            unsent: 0,
+            eager: 0,
+        })
     }
 }
 
@@ -194,9 +201,37 @@ struct LazyFiller {
     options: Options,
     pager: Rc<RefCell<Option<Pager>>>,
     affinity: Option<CpuSet>,
+    /// The objects whose pages follow.
+    objects: Vec<(ObjectId, OwnedFd)>,
+    /// The last so many of them the pager does not have yet.
+    unsent: usize,
+    /// Pages that were brought in and that the pager has not been told of.
+    eager: u64,
+}
+
+impl LazyFiller {
+    fn is_shared_lazily(&self, mapping: &Mapping) -> bool {
+        object_of(mapping).is_some_and(|(of, _)| self.objects.iter().any(|(id, _)| *id == of))
+    }
 }
 
 impl Filler for LazyFiller {
+    fn brings_object(&self, image: &Image, object: ObjectId) -> bool {
+        lazy_objects(image, &self.options).any(|(id, _)| id == object)
+    }
+
+    fn take_objects(&mut self, image: &Image, objects: &[OwnedFd]) -> Result<(), RestoreError> {
+        for (id, _) in lazy_objects(image, &self.options) {
+            let ours = objects[id.0 as usize].try_clone().map_err(failed("shared memory"))?;
+            self.objects.push((id, ours));
+        }
+        self.unsent = self.objects.len();
+        let filled = image.memory_objects.iter().enumerate();
+        let filled = filled.filter(|(id, _)| !self.objects.iter().any(|(lazy, _)| lazy.0 as usize == *id));
+        self.eager = filled.flat_map(|(_, object)| &object.pages).map(|run| run.extent.pages).sum();
+        Ok(())
+    }
+
     fn fill(
         &mut self,
         process: usize,
@@ -216,9 +251,10 @@ impl Filler for LazyFiller {
             exe_deleted: memory.exe_deleted,
             lock_future: memory.lock_future,
         };
-        let eager: u64 = rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum();
+        self.eager += rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum::<u64>();
         Eager.fill(process, target, &rest, reader, meter)?;
-        if lazy.is_empty() {
+        let shared: Vec<&Mapping> = memory.mappings.iter().filter(|mapping| self.is_shared_lazily(mapping)).collect();
+        if lazy.is_empty() && shared.is_empty() {
             return Ok(());
         }
         let mut pager = self.pager.borrow_mut();
@@ -227,13 +263,24 @@ impl Filler for LazyFiller {
         }
         let pager = pager.as_ref().expect("just started");
 
-        let fault = userfault_of(target)?;
-        fault.enable(probe::FEATURES).map_err(failed("userfaultfd"))?;
-        for mapping in lazy {
-            let what = format!("registering {:x}-{:x} with userfaultfd", mapping.start, mapping.end);
-            fault.register(mapping.start, mapping.end - mapping.start).map_err(failed(&what))?;
+        // Objects before the first mapping of one.
+        for (id, file) in &self.objects[self.objects.len() - std::mem::take(&mut self.unsent)..] {
+            pager.send(message::OBJECT, &[u64::from(id.0)], Some(file.as_fd())).map_err(failed("the pager"))?;
         }
-        pager.send(message::SPACE, &[process as u64, eager], Some(fault.fd())).map_err(failed("the pager"))
+        for (kind, mappings) in [(message::SPACE, lazy), (message::SHARED, shared)] {
+            if mappings.is_empty() {
+                continue;
+            }
+            let fault = userfault_of(target)?;
+            fault.enable(probe::FEATURES).map_err(failed("userfaultfd"))?;
+            for mapping in mappings {
+                let what = format!("registering {:x}-{:x} with userfaultfd", mapping.start, mapping.end);
+                fault.register(mapping.start, mapping.end - mapping.start).map_err(failed(&what))?;
+            }
+            let eager = std::mem::take(&mut self.eager);
+            pager.send(kind, &[process as u64, eager], Some(fault.fd())).map_err(failed("the pager"))?;
+        }
+        Ok(())
     }
 }
 

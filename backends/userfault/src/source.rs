@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use ckpt_core::resource::memory::Pages;
 use ckpt_core::store::{ImageReader, PageExtent};
@@ -9,6 +10,7 @@ use ckpt_core::{PAGE_SIZE, StoreError};
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use crate::ahead::{Ahead, Chunk};
 use crate::outstanding::Run;
 
 /// Gives the content of pages of an image, checked.
@@ -22,11 +24,12 @@ pub trait Source {
     /// As `read`.
     fn is_ready(&mut self, run: Run) -> Result<bool, String>;
 
-    /// The content of a run of pages into `buffer`, which is as long.
+    /// The content of a run of pages: in `buffer`, which is as long, or where it is already. `in_order` where it is asked for
+    /// in the order in which it was announced.
     ///
     /// # Errors
     /// Where it cannot be read, or is not what was saved, in words for people. Nothing of the buffer may be used then.
-    fn read(&mut self, run: Run, buffer: &mut [u8]) -> Result<(), String>;
+    fn read<'a>(&'a mut self, run: Run, in_order: bool, buffer: &'a mut [u8]) -> Result<&'a [u8], String>;
 }
 
 /// The checksums of the pages that will be needed.
@@ -68,14 +71,19 @@ impl Checksums {
 
 /// The page file of an image on this host.
 pub struct PageFile<'a> {
-    file: OwnedFd,
-    checksums: Checksums,
+    file: Arc<OwnedFd>,
+    checksums: Arc<Checksums>,
     reader: &'a dyn ImageReader,
+    /// From the first announcement on: whoever makes the pager has one thread.
+    ahead: Option<Ahead>,
+    is_started: bool,
+    chunk: Option<Chunk>,
 }
 
 impl<'a> PageFile<'a> {
     pub fn new(file: OwnedFd, checksums: Checksums, reader: &'a dyn ImageReader) -> PageFile<'a> {
-        PageFile { file, checksums, reader }
+        let (file, checksums) = (Arc::new(file), Arc::new(checksums));
+        PageFile { file, checksums, reader, ahead: None, is_started: false, chunk: None }
     }
 }
 
@@ -84,14 +92,37 @@ impl Source for PageFile<'_> {
         let (offset, length) = ((run.first * PAGE_SIZE) as i64, run.bytes() as i64);
         // A hint: without it they are only fetched later.
         let _ = posix_fadvise(self.file.as_fd(), offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+        if !std::mem::replace(&mut self.is_started, true) {
+            self.ahead = Ahead::start(self.file.clone(), self.checksums.clone());
+        }
+        if let Some(ahead) = &self.ahead {
+            ahead.announce(run);
+        }
     }
 
     fn is_ready(&mut self, _run: Run) -> Result<bool, String> {
         Ok(true)
     }
 
-    fn read(&mut self, run: Run, buffer: &mut [u8]) -> Result<(), String> {
+    fn read<'a>(&'a mut self, run: Run, in_order: bool, buffer: &'a mut [u8]) -> Result<&'a [u8], String> {
+        if let Some(ahead) = self.ahead.as_ref().filter(|_| in_order) {
+            let has =
+                |chunk: &Option<Chunk>| chunk.as_ref().is_some_and(|it| it.content(run.first, run.pages).is_some());
+            if !has(&self.chunk) {
+                self.chunk = ahead.take(run.first, self.chunk.take());
+            }
+        }
+        let here = self.chunk.as_ref().filter(|_| in_order).and_then(|chunk| chunk.content(run.first, run.pages));
         let mut read = 0;
+        match here {
+            Some(content) if content.len() == buffer.len() => return Ok(content),
+            // Its end only: the rest is read here, and all of it is checked once more.
+            Some(content) => {
+                buffer[..content.len()].copy_from_slice(content);
+                read = content.len();
+            }
+            None => {}
+        }
         while read < buffer.len() {
             let at = (run.first * PAGE_SIZE) as i64 + read as i64;
             match nix::sys::uio::pread(&self.file, &mut buffer[read..], at) {
@@ -105,7 +136,7 @@ impl Source for PageFile<'_> {
             }
         }
         match self.checksums.first_wrong(run, buffer) {
-            None => Ok(()),
+            None => Ok(buffer),
             Some(page) => Err(self.reader.damaged_page(page).to_string()),
         }
     }

@@ -19,6 +19,7 @@ const UFFD_API: u64 = 0xaa;
 pub const FEATURE_EVENT_FORK: u64 = 1 << 1;
 pub const FEATURE_EVENT_REMAP: u64 = 1 << 2;
 pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
+pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 pub const FEATURE_EVENT_UNMAP: u64 = 1 << 6;
 pub const FEATURE_THREAD_ID: u64 = 1 << 8;
 
@@ -107,8 +108,10 @@ pub enum Event {
     Fork(OwnedFd),
     /// mremap(2) moved memory.
     Moved { from: u64, to: u64, len: u64 },
-    /// Memory is zeros from now on (`MADV_DONTNEED`, `MADV_REMOVE`), or is no longer mapped.
+    /// Memory is given back (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`): which of these, the kernel does not say.
     Removed { start: u64, end: u64 },
+    /// Memory is no longer mapped.
+    Unmapped { start: u64, end: u64 },
 }
 
 /// Why the kernel did not do what it was asked to.
@@ -247,10 +250,32 @@ impl Userfault {
     /// Takes what there is to tell, without waiting. A process that forks, moves or gives memory back waits until it is
     /// taken.
     pub fn events(&self, into: &mut Vec<Event>) -> io::Result<()> {
-        let mut messages = [Message::default(); 16];
+        self.read(&mut [Message::default(); 16], into)
+    }
+
+    /// The same, but one at most: faults come before everything else.
+    pub fn event(&self) -> io::Result<Option<Event>> {
+        let mut event = Vec::new();
+        self.read(&mut [Message::default()], &mut event)?;
+        Ok(event.pop())
+    }
+
+    /// Whether there is something to be taken other than faults, which leaves whoever made it waiting until it is taken.
+    pub fn has_changes(&self) -> io::Result<bool> {
+        let mut ready = [nix::poll::PollFd::new(self.fd(), nix::poll::PollFlags::POLLIN)];
+        if nix::poll::poll(&mut ready, nix::poll::PollTimeout::ZERO)? == 0 {
+            return Ok(false);
+        }
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd()))?;
+        let pending = text.lines().find_map(|line| line.strip_prefix("pending:"));
+        let pending: Option<u64> = pending.and_then(|number| number.trim().parse().ok());
+        Ok(pending.ok_or(io::ErrorKind::InvalidData)? == 0)
+    }
+
+    fn read(&self, messages: &mut [Message], into: &mut Vec<Event>) -> io::Result<()> {
         // SAFETY: the kernel writes whole messages, at most as many as fit.
         let got = unsafe {
-            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages) as libc::size_t)
+            libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(messages) as libc::size_t)
         };
         if got < 0 {
             let error = io::Error::last_os_error();
@@ -266,7 +291,8 @@ impl Userfault {
                 // SAFETY: the kernel has just made this descriptor for us.
                 0x13 => Event::Fork(unsafe { OwnedFd::from_raw_fd(first as u32 as RawFd) }),
                 0x14 => Event::Moved { from: first, to: second, len: third },
-                0x15 | 0x16 => Event::Removed { start: first, end: second },
+                0x15 => Event::Removed { start: first, end: second },
+                0x16 => Event::Unmapped { start: first, end: second },
                 other => return Err(io::Error::other(format!("userfaultfd tells an unknown event {other:#x}"))),
             });
         }
@@ -387,6 +413,16 @@ pub fn keep_only(keep: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
+/// How many bytes of a socket the other side has not confirmed yet (`SIOCOUTQ`, tcp(7)); 0 where that cannot be seen.
+pub fn bytes_unsent(socket: BorrowedFd<'_>) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: writes an integer of ours.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) } {
+        0 => usize::try_from(bytes).unwrap_or(0),
+        _ => 0,
+    }
+}
+
 /// Takes our nice value down by so much.
 pub fn raise_priority(by: i32) {
     // SAFETY: no memory is passed.
@@ -431,6 +467,43 @@ pub fn log_error(text: &str) {
         libc::openlog(c"ckpt".as_ptr(), libc::LOG_PID, libc::LOG_DAEMON);
         libc::syslog(libc::LOG_ERR, c"%s".as_ptr(), text.as_ptr());
         libc::closelog();
+    }
+}
+
+/// A shared mapping of ours that nobody reads or writes: pages are put into what it is of through it.
+pub struct Window {
+    address: u64,
+    len: u64,
+}
+
+impl Window {
+    /// A window on all of a memory file.
+    pub fn on(file: BorrowedFd<'_>, len: u64) -> io::Result<Window> {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: a new mapping, wherever the kernel finds room.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, protection, flags, file.as_raw_fd(), 0) };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let window = Window { address: address as u64, len };
+        // SAFETY: our own mapping. A guardian has no use for it.
+        check(unsafe { libc::madvise(address, len as usize, libc::MADV_DONTFORK) })?;
+        Ok(window)
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, which nobody has a reference into.
+        unsafe { libc::munmap(self.address as *mut libc::c_void, self.len as usize) };
     }
 }
 

@@ -4,6 +4,7 @@
 //! ```text
 //! working-set            "CKPTWS01", number of runs (u32), CRC-32C of the runs (u32), runs
 //! a run                  first page in the page file (u64), pages (u32); in the order in which they were touched
+//! working-set.guess      the same, as the dump guesses it (`guess.rs`)
 //! working-set.recording  the process id of the pager that is recording
 //! ```
 //!
@@ -22,6 +23,8 @@ use crate::sys;
 
 const MAGIC: &[u8; 8] = b"CKPTWS01";
 const FILE: &str = "working-set";
+/// In the same form, left by the dump; used where nothing was recorded.
+const GUESS: &str = "working-set.guess";
 const RECORDING: &str = "working-set.recording";
 /// 256 MiB of runs: more than any image of this format has use for.
 const MOST_RUNS: usize = 16 << 20;
@@ -106,10 +109,18 @@ impl WorkingSet {
     /// # Errors
     /// Why one that is there cannot be used, in words.
     pub fn load(image: &Path) -> Result<Option<WorkingSet>, String> {
-        let path = image.join(FILE);
+        WorkingSet::load_from(&image.join(FILE))
+    }
+
+    /// What the dump has guessed. `None` where there is nothing that can be used.
+    pub fn load_guess(image: &Path) -> Option<WorkingSet> {
+        WorkingSet::load_from(&image.join(GUESS)).ok().flatten()
+    }
+
+    fn load_from(path: &Path) -> Result<Option<WorkingSet>, String> {
         let said = |what: &str| format!("{}: {what}; it is not used", path.display());
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = match File::options().read(true).custom_flags(flags).open(&path) {
+        let file = match File::options().read(true).custom_flags(flags).open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(said(&error.to_string())),
@@ -132,6 +143,11 @@ impl WorkingSet {
         file.write_all(&self.encode())?;
         file.sync_all()?;
         fs::rename(new, image.join(FILE))
+    }
+
+    /// Leaves it as a guess. If the machine fails meanwhile, what is left is none.
+    pub fn store_guess(&self, image: &Path) -> io::Result<()> {
+        create(&image.join(GUESS))?.write_all(&self.encode())
     }
 }
 

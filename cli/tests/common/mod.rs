@@ -142,6 +142,18 @@ impl Workshop {
     }
 }
 
+/// A file system of this thread's and its children's own: nobody else sees it, and it is gone with the thread.
+pub fn mount(workshop: &Workshop, name: &str, data: &str, flags: nix::mount::MsFlags) -> PathBuf {
+    let place = workshop.path().join(name);
+    fs::create_dir(&place).unwrap();
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let nothing = None::<&str>;
+    nix::mount::mount(nothing, "/", nothing, nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE, nothing)
+        .unwrap();
+    nix::mount::mount(Some("tmpfs"), &place, Some("tmpfs"), flags, Some(data)).unwrap();
+    place
+}
+
 pub fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();

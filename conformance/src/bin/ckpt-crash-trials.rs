@@ -17,10 +17,13 @@ use ckpt_conformance::case::{GO, OUTPUT, READY, VERDICT};
 use ckpt_conformance::isolation;
 use ckpt_conformance::visible::{Visible, numbers};
 use ckpt_conformance::worker::{BOARD, Board, WINDOW};
+use ckpt_core::{Backend, registry};
 
-const USAGE: &str = "usage: ckpt-crash-trials [--trials N] [--restore-trials N] [--seed N] [--ckpt FILE]
+const USAGE: &str =
+    "usage: ckpt-crash-trials [--backend NAME] [--trials N] [--restore-trials N] [--seed N] [--ckpt FILE]
 
-Kills ckpt in N dumps and, unless said otherwise, in as many restores. --ckpt is the program, else the one beside this.";
+Kills ckpt in N dumps and, unless said otherwise, in as many restores. --backend is ptrace, or another that does both;
+--ckpt is the program, else the one beside this.";
 
 /// For what must happen at once, on a machine that may be busy.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -37,6 +40,7 @@ struct Options {
     trials: usize,
     restore_trials: usize,
     seed: u64,
+    backend: &'static Backend,
     ckpt: PathBuf,
     subject: PathBuf,
 }
@@ -78,6 +82,7 @@ fn options() -> Result<Options, String> {
         Ok::<_, String>(own.with_file_name(name))
     };
     let (mut trials, mut restore_trials, mut seed, mut ckpt) = (60, None, None, beside("ckpt")?);
+    let mut backend = "ptrace".to_string();
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or(format!("{name} needs a value"))?;
@@ -86,6 +91,7 @@ fn options() -> Result<Options, String> {
             "--trials" => trials = number()? as usize,
             "--restore-trials" => restore_trials = Some(number()? as usize),
             "--seed" => seed = Some(number()?),
+            "--backend" => backend = value,
             "--ckpt" => ckpt = PathBuf::from(value),
             _ => return Err(format!("there is no option {name}")),
         }
@@ -95,6 +101,8 @@ fn options() -> Result<Options, String> {
         trials,
         restore_trials: restore_trials.unwrap_or(trials),
         seed: seed.unwrap_or_else(now) | 1,
+        backend: registry::backend(&backend)
+            .map_err(|known| format!("there is no backend {backend}, but: {}", known.join(", ")))?,
         ckpt: fs::canonicalize(&ckpt).map_err(|error| format!("{}: {error}", ckpt.display()))?,
         subject: beside("ckpt-subject")?,
     })
@@ -115,7 +123,7 @@ impl Random {
 
 /// Whether every trial ended as it should.
 fn all(options: &Options) -> Result<bool, String> {
-    println!("crash trials: seed {}", options.seed);
+    println!("crash trials: {}, seed {}", options.backend.name, options.seed);
     let mut random = Random(options.seed);
     let dumps = dump_trials(options, &mut random)?;
     dumps.print("dump", "the program went on");
@@ -213,6 +221,9 @@ impl Program {
         command.stdout(output.try_clone().map_err(fail)?).stderr(output);
         // SAFETY: setsid(2) is async-signal-safe.
         unsafe { command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
+        if let Some(launcher) = options.backend.launcher {
+            launcher(&mut command).map_err(fail)?;
+        }
         let root = command.spawn().map_err(fail)?.id() as i32;
         let board = Board::open(dir.path()).map_err(fail)?;
         wait_for("the program to be ready", || dir.path().join(READY).exists())?;
@@ -329,7 +340,7 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) -> Result<(), Strin
 fn spawn(options: &Options, arguments: &[&str], log: &Path) -> Result<Child, String> {
     let log = File::options().create(true).append(true).open(log).map_err(|error| error.to_string())?;
     let mut command = Command::new(&options.ckpt);
-    command.args(["--quiet", "--backend", "ptrace"]).args(arguments).stdin(Stdio::null());
+    command.args(["--quiet", "--backend", options.backend.name]).args(arguments).stdin(Stdio::null());
     command.stdout(log.try_clone().map_err(|error| error.to_string())?).stderr(log);
     command.spawn().map_err(|error| format!("{}: {error}", options.ckpt.display()))
 }

@@ -14,6 +14,8 @@ use nix::unistd::{ForkResult, fork};
 
 use crate::case::{Case, Checkpoint};
 
+mod changes;
+
 pub(super) const PAGE: usize = 4096;
 const READ: i32 = libc::PROT_READ;
 const WRITE: i32 = libc::PROT_WRITE;
@@ -22,7 +24,7 @@ const EXECUTE: i32 = libc::PROT_EXEC;
 pub fn cases() -> Vec<Case> {
     let memory = &["memory"];
     let files = &["memory", "files"];
-    vec![
+    let mut cases = vec![
         Case::new("memory/anonymous", memory, anonymous),
         Case::new("memory/file-private", files, file_private),
         Case::new("memory/file-shared", files, file_shared),
@@ -46,7 +48,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/many-mappings", memory, many_mappings),
         Case::new("memory/vdso", memory, vdso),
         Case::new("memory/layout", memory, layout),
-    ]
+    ];
+    cases.extend(changes::cases());
+    cases
 }
 
 /// A mapping of ours, never unmapped.

@@ -3,6 +3,7 @@
 use crate::case::Case;
 
 mod attributes;
+mod c_library;
 mod calls;
 mod cgroups;
 mod credentials;
@@ -37,6 +38,7 @@ mod untouched;
 pub fn all() -> Vec<Case> {
     let files: &[fn() -> Vec<Case>] = &[
         attributes::cases, //
+        c_library::cases,
         calls::cases,
         cgroups::cases,
         credentials::cases,

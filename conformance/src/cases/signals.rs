@@ -20,6 +20,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("signals/on-the-alternate-stack", &["thread-signals"], on_the_alternate_stack),
         Case::new("signals/alternate-stack-that-disarms", &["thread-signals"], alternate_stack_that_disarms),
         Case::new("signals/alternate-stacks-of-threads", &["thread-signals"], alternate_stacks_of_threads),
+        Case::new("signals/alternate-stacks-without-room", &["thread-signals"], alternate_stacks_without_room),
         Case::new("signals/masks-of-threads", &["registers"], masks_of_threads),
     ]
 }
@@ -368,6 +369,35 @@ fn on_the_alternate_stack(checkpoint: &Checkpoint) -> Result<(), String> {
 fn alternate_stack_that_disarms(checkpoint: &Checkpoint) -> Result<(), String> {
     const SS_AUTODISARM: i32 = 1 << 31;
     dumped_in_a_handler(checkpoint, SS_AUTODISARM, libc::SS_DISABLE)
+}
+
+/// Threads with alternate stacks that a signal frame fills, or for which it is too large: whatever a dump needs of the
+/// threads, it may not need room there. And one that is off while a handler runs, dumped while none does.
+fn alternate_stacks_without_room(checkpoint: &Checkpoint) -> Result<(), String> {
+    const SS_AUTODISARM: i32 = 1 << 31;
+    // SAFETY: asks the kernel's own list.
+    let full = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+    let stacks = [(full.max(libc::MINSIGSTKSZ), 0), (libc::MINSIGSTKSZ, 0), (65_536, SS_AUTODISARM)];
+    let barrier = Arc::new(Barrier::new(stacks.len() + 1));
+    let threads: Vec<_> = stacks
+        .into_iter()
+        .map(|(size, flags)| {
+            let barrier = barrier.clone();
+            std::thread::spawn(move || {
+                let stack = Vec::leak(vec![0; size]);
+                set_stack(stack, flags)?;
+                let expected = (stack.as_ptr() as u64, flags, size);
+                equal("alternate stack before", expected, get_stack())?;
+                barrier.wait();
+                barrier.wait();
+                equal("alternate stack of a thread", expected, get_stack())
+            })
+        })
+        .collect();
+    barrier.wait();
+    checkpoint.wait()?;
+    barrier.wait();
+    threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
 }
 
 fn alternate_stacks_of_threads(checkpoint: &Checkpoint) -> Result<(), String> {

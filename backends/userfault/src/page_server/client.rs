@@ -13,14 +13,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ckpt_core::PAGE_SIZE;
-use ckpt_core::resource::memory::Pages;
+use ckpt_core::resource::memory::{ObjectId, Pages};
 use ckpt_core::store::ImageReader;
 
+use super::channel::{Channel, Credentials};
+use super::random;
 use super::wire::{self, Answer, LONGEST_NAME, MAGIC, MOST, Request, Seal};
-use super::{Token, random};
 use crate::outstanding::Run;
 use crate::source::{Checksums, Source};
-use crate::{Options, lazy_mappings};
+use crate::{Options, lazy_mappings, lazy_objects};
 
 /// Where pages come from, if not from a file.
 #[derive(Clone, Debug)]
@@ -29,7 +30,7 @@ pub struct PagesFrom {
     pub address: String,
     /// The image, by its name in the server's directory.
     pub image: String,
-    pub token: Token,
+    pub credentials: Credentials,
     /// How long the server may be gone before the restore fails, or, after the release, the tree is given up.
     pub patience: Duration,
 }
@@ -47,7 +48,7 @@ const AROUND: u64 = 16;
 
 /// A connection to a page server, past its handshake.
 struct Link {
-    stream: TcpStream,
+    channel: Channel,
     to_server: Seal,
     from_server: Seal,
     /// What has come and is not a whole message yet.
@@ -70,8 +71,10 @@ impl Link {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(ANSWER))?;
         let deadline = Instant::now() + ANSWER;
+        let mut channel = Channel::to_server(stream, from.credentials.tls.as_ref(), &from.address, deadline)?;
+        let token = from.credentials.token();
         let mut hello = [0; 40];
-        read_until(&stream, &mut hello, deadline)?;
+        read_until(&mut channel, &mut hello, deadline)?;
         if &hello[..8] != MAGIC {
             return Err(wire::garbage());
         }
@@ -82,33 +85,34 @@ impl Link {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the name of the image is too long"));
         }
         let length = (name.len() as u16).to_le_bytes();
-        let proof = wire::proof(&from.token, "client", &server, &client, name);
-        (&mut &stream).write_all(&[&MAGIC[..], &client, &length, name, &proof].concat())?;
+        let proof = wire::proof(&token, "client", &server, &client, name);
+        channel.write_all(&[&MAGIC[..], &client, &length, name, &proof].concat())?;
         let mut answer = [0; 32];
-        read_until(&stream, &mut answer, deadline).map_err(|error| match error.kind() {
+        read_until(&mut channel, &mut answer, deadline).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
                 io::Error::new(io::ErrorKind::PermissionDenied, "it does not accept this token")
             }
             _ => error,
         })?;
-        if !wire::same(&answer, &wire::proof(&from.token, "server", &server, &client, name)) {
+        if !wire::same(&answer, &wire::proof(&token, "server", &server, &client, name)) {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it does not have this token"));
         }
-        let seal = |side| Seal::new(&from.token, side, &server, &client);
-        Ok(Link { stream, to_server: seal("client"), from_server: seal("server"), begun: Vec::new() })
+        let is_sealed = channel.is_sealed();
+        let seal = |side| if is_sealed { Seal::none() } else { Seal::new(&token, side, &server, &client) };
+        Ok(Link { channel, to_server: seal("client"), from_server: seal("server"), begun: Vec::new() })
     }
 
     fn ask(&mut self, request: Request) -> io::Result<()> {
-        self.to_server.send(&mut &self.stream, &request.encode())
+        self.to_server.send(&mut self.channel, &request.encode())
     }
 
     /// The next answer, within a time.
     fn hear(&mut self) -> io::Result<Answer> {
         let deadline = Instant::now() + ANSWER;
         let mut head = [0; 4];
-        read_until(&self.stream, &mut head, deadline)?;
+        read_until(&mut self.channel, &mut head, deadline)?;
         let mut sealed = vec![0; Seal::length(head)?];
-        read_until(&self.stream, &mut sealed, deadline)?;
+        read_until(&mut self.channel, &mut sealed, deadline)?;
         Answer::decode(&self.from_server.open(&sealed)?)
     }
 
@@ -126,17 +130,14 @@ impl Link {
             }
             let have = self.begun.len();
             self.begun.resize(wanted, 0);
-            let read = nix::sys::socket::recv(
-                std::os::fd::AsRawFd::as_raw_fd(&self.stream),
-                &mut self.begun[have..],
-                nix::sys::socket::MsgFlags::MSG_DONTWAIT,
-            );
+            let read = self.channel.read_now(&mut self.begun[have..]);
             self.begun.truncate(have + *read.as_ref().unwrap_or(&0));
             match read {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(nix::errno::Errno::EAGAIN) => return Ok(None),
-                Err(errno) => return Err(errno.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -149,15 +150,11 @@ impl Link {
 }
 
 /// Reads all of a buffer by a deadline, however slowly it comes.
-fn read_until(stream: &TcpStream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
+fn read_until(channel: &mut Channel, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
     let mut done = 0;
     while done < buffer.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        match (&mut &*stream).read(&mut buffer[done..]) {
+        channel.read_by(deadline)?;
+        match channel.read(&mut buffer[done..]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => done += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -273,10 +270,25 @@ pub fn fetch(from: &PagesFrom) -> Result<Stub, String> {
             file.set_len(*size).map_err(failed)?;
             continue;
         }
-        let mut offset = 0;
-        while offset < *size {
-            let length = (size - offset).min(MOST as u64) as u32;
-            let content = insist(from, &mut link, &mut absence, Request::Read { file: index as u32, offset, length })?;
+        file.set_len(*size).map_err(failed)?;
+        // A deleted file may be large and a hole for the most part.
+        let index = index as u32;
+        let (mut offset, mut end) = (0, 0);
+        loop {
+            if offset == end {
+                let answer = insist(from, &mut link, &mut absence, Request::Data { file: index, offset })?;
+                let words: Vec<u64> = answer
+                    .chunks_exact(8)
+                    .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+                    .collect();
+                match words[..] {
+                    [start, _] if start >= *size => break,
+                    [start, until] if (offset..until).contains(&start) => (offset, end) = (start, until.min(*size)),
+                    _ => return Err(format!("the page server {} does not know what is in {name:?}", from.address)),
+                }
+            }
+            let length = (end - offset).min(MOST as u64) as u32;
+            let content = insist(from, &mut link, &mut absence, Request::Read { file: index, offset, length })?;
             if content.len() != length as usize {
                 return Err(format!("the page server {} gave {} bytes of {length}", from.address, content.len()));
             }
@@ -294,7 +306,9 @@ pub fn fetch(from: &PagesFrom) -> Result<Stub, String> {
 /// In words.
 pub fn fetch_eager(from: &PagesFrom, stub: &Stub, reader: &dyn ImageReader, options: &Options) -> Result<(), String> {
     let image = reader.image();
-    let mut wanted: Vec<Pages> = image.memory_objects.iter().flat_map(|object| object.pages.iter().copied()).collect();
+    let lazy: Vec<ObjectId> = lazy_objects(image, options).map(|(id, _)| id).collect();
+    let eager = image.memory_objects.iter().enumerate().filter(|(id, _)| !lazy.contains(&ObjectId(*id as u32)));
+    let mut wanted: Vec<Pages> = eager.flat_map(|(_, object)| object.pages.iter().copied()).collect();
     for process in &image.processes {
         let lazy: Vec<u64> = lazy_mappings(&process.memory, options).map(|mapping| mapping.start).collect();
         let eager = process.memory.mappings.iter().filter(|mapping| !lazy.contains(&mapping.start));
@@ -471,7 +485,7 @@ impl Source for Remote<'_> {
         Ok(!coming)
     }
 
-    fn read(&mut self, run: Run, buffer: &mut [u8]) -> Result<(), String> {
+    fn read<'b>(&'b mut self, run: Run, _in_order: bool, buffer: &'b mut [u8]) -> Result<&'b [u8], String> {
         for (number, page) in (run.first..).zip(buffer.chunks_exact_mut(PAGE_SIZE as usize)) {
             if self.take(number, page) {
                 continue;
@@ -492,7 +506,7 @@ impl Source for Remote<'_> {
             }
         }
         match self.checksums.first_wrong(run, buffer) {
-            None => Ok(()),
+            None => Ok(buffer),
             Some(page) => {
                 Err(format!("from the page server {}: {}", self.from.address, self.reader.damaged_page(page)))
             }

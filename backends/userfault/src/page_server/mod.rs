@@ -4,7 +4,10 @@
 //! two random numbers, and from there on every message is sealed (ChaCha20-Poly1305) with keys made of the token and these
 //! numbers. So nobody without the token reads or changes anything. There is no forward secrecy: who learns the token later
 //! can read what was recorded before.
+//!
+//! Or both have a certificate of one authority, and show it by TLS 1.3, which has forward secrecy; with a token or without.
 
+pub mod channel;
 pub mod client;
 pub mod server;
 mod wire;
@@ -42,12 +45,14 @@ impl Token {
         }
         let mut bytes = Vec::new();
         file.take(4096).read_to_end(&mut bytes).map_err(|error| said(error.to_string()))?;
-        let token = bytes.trim_ascii().to_vec();
-        if token.len() < SHORTEST {
-            let way_out = "make one with: head -c 32 /dev/urandom | base64 >FILE";
-            return Err(said(format!("it has {} bytes, and needs {SHORTEST}; {way_out}", token.len())));
-        }
-        Ok(Token(token))
+        let token = bytes.trim_ascii();
+        let way_out = "make one with: head -c 32 /dev/urandom | base64 >FILE";
+        Token::of(token).ok_or_else(|| said(format!("it has {} bytes, and needs {SHORTEST}; {way_out}", token.len())))
+    }
+
+    /// One of these bytes, if they are enough.
+    pub fn of(bytes: &[u8]) -> Option<Token> {
+        (bytes.len() >= SHORTEST).then(|| Token(bytes.to_vec()))
     }
 }
 

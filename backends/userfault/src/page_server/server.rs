@@ -14,9 +14,11 @@ use ckpt_core::PAGE_SIZE;
 use nix::dir::Dir;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::{Whence, lseek};
 
+use super::channel::{Channel, Credentials};
+use super::random;
 use super::wire::{self, Answer, LONGEST_NAME, MAGIC, MOST, Request, Seal};
-use super::{Token, random};
 
 /// Who has not proved that it has the token by then is sent away.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -35,7 +37,7 @@ pub struct PageServer {
 
 struct Shared {
     directory: OwnedFd,
-    token: Token,
+    credentials: Credentials,
     connections: AtomicUsize,
 }
 
@@ -44,14 +46,14 @@ impl PageServer {
     ///
     /// # Errors
     /// In words.
-    pub fn listen(directory: &Path, address: &str, token: Token) -> Result<PageServer, String> {
+    pub fn listen(directory: &Path, address: &str, credentials: Credentials) -> Result<PageServer, String> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let opened = nix::fcntl::open(directory, flags, Mode::empty());
         let directory = opened.map_err(|errno| format!("{}: {errno}", directory.display()))?;
         let addresses = address.to_socket_addrs().map_err(|error| format!("{address}: {error}"))?;
         let listener = TcpListener::bind(&addresses.collect::<Vec<_>>()[..]);
         let listener = listener.map_err(|error| format!("listening on {address}: {error}"))?;
-        let shared = Shared { directory, token, connections: AtomicUsize::new(0) };
+        let shared = Shared { directory, credentials, connections: AtomicUsize::new(0) };
         Ok(PageServer { listener, shared: Arc::new(shared) })
     }
 
@@ -97,25 +99,25 @@ impl PageServer {
 }
 
 /// Reads with one deadline for everything, so that nobody stays for ever by a byte now and then.
-struct Deadline<'a>(&'a TcpStream, Instant);
+struct Deadline<'a>(&'a mut Channel, Instant);
 
 impl Read for Deadline<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.1.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.0.set_read_timeout(Some(left))?;
-        (&mut &*self.0).read(buffer)
+        self.0.read_by(self.1)?;
+        self.0.read(buffer)
     }
 }
 
 fn attend(shared: &Shared, stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_write_timeout(Some(STUCK))?;
-    let mut patient = Deadline(&stream, Instant::now() + HANDSHAKE);
+    stream.set_write_timeout(Some(HANDSHAKE))?;
+    let until = Instant::now() + HANDSHAKE;
+    let mut channel = Channel::to_client(stream, shared.credentials.tls.as_ref(), until)?;
+    channel.write_within(STUCK)?;
+    let token = shared.credentials.token();
     let server = random()?;
-    (&mut &stream).write_all(&[&MAGIC[..], &server].concat())?;
+    channel.write_all(&[&MAGIC[..], &server].concat())?;
+    let mut patient = Deadline(&mut channel, until);
     let mut hello = [0; 8 + 32 + 2];
     patient.read_exact(&mut hello)?;
     let client: [u8; 32] = hello[8..40].try_into().expect("32 bytes");
@@ -127,65 +129,60 @@ fn attend(shared: &Shared, stream: TcpStream) -> io::Result<()> {
     patient.read_exact(&mut name)?;
     let mut proof = [0; 32];
     patient.read_exact(&mut proof)?;
-    if !wire::same(&proof, &wire::proof(&shared.token, "client", &server, &client, &name)) {
+    if !wire::same(&proof, &wire::proof(&token, "client", &server, &client, &name)) {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it does not have the token"));
     }
-    (&mut &stream).write_all(&wire::proof(&shared.token, "server", &server, &client, &name))?;
-    let mut from_client = Seal::new(&shared.token, "client", &server, &client);
-    let mut to_client = Seal::new(&shared.token, "server", &server, &client);
+    channel.write_all(&wire::proof(&token, "server", &server, &client, &name))?;
+    let is_sealed = channel.is_sealed();
+    let seal = |side| if is_sealed { Seal::none() } else { Seal::new(&token, side, &server, &client) };
+    let (mut from_client, mut to_client) = (seal("client"), seal("server"));
     let image = Image::open(&shared.directory, &name);
-    let mut sender = Sender::new(&stream);
+    let mut sender = Sender::default();
     loop {
-        let message = from_client.receive(&mut Deadline(&stream, Instant::now() + IDLE))?;
+        let message = from_client.receive(&mut Deadline(&mut channel, Instant::now() + IDLE))?;
         let request = Request::decode(&message).ok_or_else(wire::garbage)?;
         let answer = match &image {
             Ok(image) => image.answer(request),
             Err(why) => Err(why.clone()),
         };
-        sender.send(&mut to_client, answer, matches!(request, Request::Pages { .. }))?;
+        sender.send(&mut channel, &mut to_client, answer, matches!(request, Request::Pages { .. }))?;
     }
 }
 
-/// Sends answers, compressed when it pays: when packing takes less time than is saved on the wire.
-struct Sender<'a> {
-    stream: &'a TcpStream,
-    /// Nanoseconds that a byte took on the wire, of late.
-    per_byte: f64,
-    /// So many answers go as they are before packing is tried again.
+/// Sends answers, compressed when it pays: while earlier ones still wait for the wire, the time for packing costs nothing.
+#[derive(Default)]
+struct Sender {
+    /// So many answers go as they are before packing is tried again, as the last one did not become smaller.
     rest: u32,
 }
 
-impl Sender<'_> {
-    fn new(stream: &TcpStream) -> Sender<'_> {
-        Sender { stream, per_byte: 0.0, rest: 0 }
-    }
+/// Bytes that wait for the wire from which on it is what everything waits for: half of an answer for the sweep.
+const WAITING: usize = 128 << 10;
 
-    fn send(&mut self, seal: &mut Seal, answer: Result<Vec<u8>, String>, may_pack: bool) -> io::Result<()> {
+impl Sender {
+    fn send(
+        &mut self,
+        channel: &mut Channel,
+        seal: &mut Seal,
+        answer: Result<Vec<u8>, String>,
+        may_pack: bool,
+    ) -> io::Result<()> {
         let message = match answer {
             Err(why) => Answer::no(&why),
-            Ok(content) if !may_pack || self.rest > 0 => {
+            Ok(content) if !may_pack || self.rest > 0 || channel.unsent() < WAITING => {
                 self.rest = self.rest.saturating_sub(1);
                 Answer::plain(&content)
             }
             Ok(content) => {
-                let begun = Instant::now();
                 let packed = lz4_flex::block::compress(&content);
-                let cost = begun.elapsed().as_nanos() as f64;
                 let saved = content.len().saturating_sub(packed.len());
-                if saved as f64 * self.per_byte < cost || saved * 8 < content.len() {
-                    self.rest = 32;
+                if saved * 8 < content.len() {
+                    self.rest = 4;
                 }
                 if saved > 0 { Answer::packed(content.len(), &packed) } else { Answer::plain(&content) }
             }
         };
-        let bytes = seal.close(&message)?;
-        let begun = Instant::now();
-        (&mut &*self.stream).write_all(&bytes)?;
-        if bytes.len() >= 4096 {
-            let now = begun.elapsed().as_nanos() as f64 / bytes.len() as f64;
-            self.per_byte += (now - self.per_byte) / 8.0;
-        }
-        Ok(())
+        channel.write_all(&seal.close(&message)?)
     }
 }
 
@@ -239,6 +236,12 @@ impl Image {
         Ok(Image { files: files.collect::<Result<_, _>>()?, pages })
     }
 
+    /// The first of the list is the page file, which is asked for by pages.
+    fn file(&self, number: u32) -> Result<&File, String> {
+        let found = self.files.get((number as usize).wrapping_sub(1));
+        found.map(|(.., file)| file).ok_or_else(|| "there is no such file".into())
+    }
+
     fn answer(&self, request: Request) -> Result<Vec<u8>, String> {
         let read = |file: &File, offset: u64, length: usize| {
             if length > MOST {
@@ -255,11 +258,17 @@ impl Image {
                 list.extend(self.files.iter().map(|(name, size, _)| (name.as_str(), *size)));
                 serde_json::to_vec(&list).map_err(|error| error.to_string())
             }
-            // The first of the list is the page file, which is asked for by pages.
-            Request::Read { file, offset, length } => match self.files.get((file as usize).wrapping_sub(1)) {
-                Some((.., file)) => read(file, offset, length as usize),
-                None => Err("there is no such file".into()),
-            },
+            Request::Read { file, offset, length } => read(self.file(file)?, offset, length as usize),
+            Request::Data { file, offset } => {
+                let file = self.file(file)?;
+                let size = file.metadata().map_err(|error| error.to_string())?.len();
+                let offset = i64::try_from(offset).map_err(|_| "there is no such place")?;
+                let (start, end) = match lseek(file, offset, Whence::SeekData) {
+                    Ok(start) => (start as u64, lseek(file, start, Whence::SeekHole).map_or(size, |end| end as u64)),
+                    Err(_) => (size, size),
+                };
+                Ok([start.to_le_bytes(), end.to_le_bytes()].concat())
+            }
             Request::Pages { first, pages } => {
                 let offset = first.checked_mul(PAGE_SIZE).ok_or("there is no such page")?;
                 read(&self.pages, offset, (u64::from(pages) * PAGE_SIZE) as usize)

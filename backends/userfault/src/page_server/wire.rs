@@ -7,6 +7,8 @@
 //! client: Request, again and again             length (u32), ciphertext with its tag
 //! server: Answer to each, in the same order
 //! ```
+//!
+//! By TLS all of this goes through that, and messages are not sealed once more.
 
 use std::io::{self, Read, Write};
 
@@ -38,9 +40,17 @@ pub fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
 }
 
+fn nonce(number: &mut u64) -> Nonce {
+    let mut nonce = [0; 12];
+    nonce[4..].copy_from_slice(&number.to_le_bytes());
+    *number += 1;
+    *Nonce::from_slice(&nonce)
+}
+
 /// One direction of a connection: every message has the next number.
 pub struct Seal {
-    cipher: ChaCha20Poly1305,
+    /// None where TLS seals all that is said.
+    cipher: Option<ChaCha20Poly1305>,
     number: u64,
 }
 
@@ -48,21 +58,22 @@ impl Seal {
     /// For the messages of one side.
     pub fn new(token: &Token, side: &str, server: &[u8; 32], client: &[u8; 32]) -> Seal {
         let key = proof(token, &format!("seal of {side}"), server, client, b"");
-        Seal { cipher: ChaCha20Poly1305::new(Key::from_slice(&key)), number: 0 }
+        Seal { cipher: Some(ChaCha20Poly1305::new(Key::from_slice(&key))), number: 0 }
     }
 
-    fn nonce(&mut self) -> Nonce {
-        let mut nonce = [0; 12];
-        nonce[4..].copy_from_slice(&self.number.to_le_bytes());
-        self.number += 1;
-        *Nonce::from_slice(&nonce)
+    /// For messages that TLS seals.
+    pub fn none() -> Seal {
+        Seal { cipher: None, number: 0 }
     }
 
     /// A message as it goes over the wire.
     pub fn close(&mut self, message: &[u8]) -> io::Result<Vec<u8>> {
+        let Some(cipher) = &self.cipher else {
+            return Ok([&(message.len() as u32).to_le_bytes()[..], message].concat());
+        };
         let length = ((message.len() + TAG) as u32).to_le_bytes();
-        let nonce = self.nonce();
-        let sealed = self.cipher.encrypt(&nonce, Payload { msg: message, aad: &length });
+        let nonce = nonce(&mut self.number);
+        let sealed = cipher.encrypt(&nonce, Payload { msg: message, aad: &length });
         let sealed = sealed.map_err(|_| io::Error::other("sealing failed"))?;
         let mut bytes = length.to_vec();
         bytes.extend(sealed);
@@ -72,13 +83,14 @@ impl Seal {
     /// Length of the message that begins with these four bytes, without them.
     pub fn length(head: [u8; 4]) -> io::Result<usize> {
         let length = u32::from_le_bytes(head) as usize;
-        if (TAG..=MOST + Answer::HEAD + TAG).contains(&length) { Ok(length) } else { Err(garbage()) }
+        if (1..=MOST + Answer::HEAD + TAG).contains(&length) { Ok(length) } else { Err(garbage()) }
     }
 
     pub fn open(&mut self, sealed: &[u8]) -> io::Result<Vec<u8>> {
+        let Some(cipher) = &self.cipher else { return Ok(sealed.to_vec()) };
         let length = (sealed.len() as u32).to_le_bytes();
-        let nonce = self.nonce();
-        self.cipher.decrypt(&nonce, Payload { msg: sealed, aad: &length }).map_err(|_| garbage())
+        let nonce = nonce(&mut self.number);
+        cipher.decrypt(&nonce, Payload { msg: sealed, aad: &length }).map_err(|_| garbage())
     }
 
     pub fn send(&mut self, to: &mut impl Write, message: &[u8]) -> io::Result<()> {
@@ -105,6 +117,8 @@ pub enum Request {
     Files,
     /// Bytes of one of these files, by its place in that list.
     Read { file: u32, offset: u64, length: u32 },
+    /// Where the next bytes of one of these files are that are no hole: begin and end, 16 bytes; the size twice at its end.
+    Data { file: u32, offset: u64 },
     /// Pages of the page file.
     Pages { first: u64, pages: u32 },
 }
@@ -115,6 +129,7 @@ impl Request {
             Request::Files => (1u32, 0u64, 0u64),
             Request::Read { file, offset, length } => (2, u64::from(file) << 32 | u64::from(length), offset),
             Request::Pages { first, pages } => (3, u64::from(pages), first),
+            Request::Data { file, offset } => (4, u64::from(file), offset),
         };
         let mut bytes = [0; 24];
         bytes[..4].copy_from_slice(&kind.to_le_bytes());
@@ -131,6 +146,7 @@ impl Request {
             1 => Request::Files,
             2 => Request::Read { file: (small >> 32) as u32, offset: large, length: small as u32 },
             3 => Request::Pages { first: large, pages: u32::try_from(small).ok()? },
+            4 => Request::Data { file: u32::try_from(small).ok()?, offset: large },
             _ => return None,
         })
     }
@@ -201,6 +217,7 @@ mod tests {
             Request::Files,
             Request::Read { file: 7, offset: 1 << 40, length: MOST as u32 },
             Request::Pages { first: u64::MAX >> 1, pages: 256 },
+            Request::Data { file: 3, offset: 1 << 40 },
         ] {
             assert_eq!(Request::decode(&request.encode()), Some(request));
         }

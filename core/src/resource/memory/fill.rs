@@ -1,6 +1,7 @@
 //! Page data on its way back: into a skeleton whose mappings are there.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,17 +13,23 @@ use crate::args;
 use crate::batch::{Arg, Batch, Sysno};
 use crate::crew;
 use crate::error::RestoreError;
-use crate::image::Process;
+use crate::image::{Image, Process};
 use crate::progress::Meter;
 use crate::resource::memory::objects::checksums;
 use crate::resource::memory::pages::{Load, loads, sums};
-use crate::resource::memory::{Memory, NAME, Pages, Source};
+use crate::resource::memory::{Memory, NAME, ObjectId, Pages, Source};
 use crate::restore::interruption;
 use crate::store::{ImageReader, PageExtent};
 use crate::target::{MemoryWriter, PAGE_SIZE, RemotePtr, Target, TargetError};
 
 /// Brings the pages of an image into a skeleton whose mappings are there.
 pub trait Filler {
+    /// Whether it brings in the content of an object that is shared, too. Of all others it is there before the mappings are.
+    fn brings_object(&self, image: &Image, object: ObjectId) -> bool;
+
+    /// Is given all objects, by their ids, before the mappings are made.
+    fn take_objects(&mut self, image: &Image, objects: &[OwnedFd]) -> Result<(), RestoreError>;
+
     /// Fills the private pages of one process.
     fn fill(
         &mut self,
@@ -64,6 +71,14 @@ const LARGE: u64 = 8192;
 type Queue = Mutex<VecDeque<Load>>;
 
 impl Filler for Eager {
+    fn brings_object(&self, _image: &Image, _object: ObjectId) -> bool {
+        false
+    }
+
+    fn take_objects(&mut self, _image: &Image, _objects: &[OwnedFd]) -> Result<(), RestoreError> {
+        Ok(())
+    }
+
     fn fill(
         &mut self,
         _process: usize,

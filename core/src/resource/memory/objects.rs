@@ -24,7 +24,7 @@ use crate::batch::{Batch, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::progress::Meter;
 use crate::resource::files::{DeletedFiles, Located, attribute_names};
-use crate::resource::memory::{NAME, Object, ObjectId, ObjectKind, Pages};
+use crate::resource::memory::{Filler, NAME, Object, ObjectId, ObjectKind, Pages};
 use crate::resource::sysvipc;
 use crate::store::{ImageReader, ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, RemotePtr, Target, TargetError};
@@ -337,14 +337,16 @@ pub(super) fn write_direct(store: &dyn ImageWriter, first: u64, bytes: &[u8]) ->
     Ok(())
 }
 
-/// Makes the objects of an image, with their content.
+/// Makes the objects of an image, with their content where the filler does not bring that.
 pub(super) fn rebuild(
     targets: &mut [Box<dyn Target>],
     reader: &dyn ImageReader,
     deleted: Vec<OwnedFd>,
+    filler: &dyn Filler,
 ) -> Result<Rebuilt, RestoreError> {
+    let image = reader.image();
     let (mut objects, mut segments) = (Vec::new(), HashMap::new());
-    for object in &reader.image().memory_objects {
+    for (index, object) in image.memory_objects.iter().enumerate() {
         let fd = match &object.kind {
             ObjectKind::Anonymous => make_anonymous(&mut *targets[0], object.size)?,
             ObjectKind::Segment { id, .. } => {
@@ -356,7 +358,9 @@ pub(super) fn rebuild(
                 make_memfd(name, *flags, *mode, *uid, *gid, object.size).map_err(rebuild_failed)?
             }
         };
-        read_object(object, &fd, reader)?;
+        if !filler.brings_object(image, ObjectId(index as u32)) {
+            read_object(object, &fd, reader)?;
+        }
         if let ObjectKind::Memfd { seals, .. } = &object.kind {
             add_seals(&fd, seals & !LATE_SEALS).map_err(rebuild_failed)?;
         }

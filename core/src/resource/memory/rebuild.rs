@@ -16,7 +16,7 @@ use crate::image::Image;
 use crate::resource::Check;
 use crate::resource::files::{DeletedId, Expect, Identity, check_deleted, reopen};
 use crate::resource::memory::objects::{self, Rebuilt};
-use crate::resource::memory::{LockFuture, Mapping, Memory, NAME, Source};
+use crate::resource::memory::{Filler, LockFuture, Mapping, Memory, NAME, Source};
 use crate::store::ImageReader;
 use crate::target::{PAGE_SIZE, RemoteFd, Target, TargetError};
 
@@ -46,7 +46,7 @@ pub fn check(memory: &Memory, context: &mut Check<'_>) {
     }
 }
 
-/// Makes the memory that several mappings or descriptors share, with its content.
+/// Makes the memory that several mappings or descriptors share, with its content where the filler does not bring that.
 ///
 /// `deleted` are the deleted files of the image, by [`DeletedId`](crate::resource::files::DeletedId); they go into what is
 /// returned.
@@ -54,8 +54,11 @@ pub fn rebuild_objects(
     targets: &mut [Box<dyn Target>],
     reader: &dyn ImageReader,
     deleted: Vec<OwnedFd>,
+    filler: &mut dyn Filler,
 ) -> Result<Rebuilt, RestoreError> {
-    objects::rebuild(targets, reader, deleted)
+    let rebuilt = objects::rebuild(targets, reader, deleted, filler)?;
+    filler.take_objects(reader.image(), &rebuilt.objects)?;
+    Ok(rebuilt)
 }
 
 /// Makes the mappings of the image, without their pages.
