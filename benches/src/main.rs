@@ -1,269 +1,201 @@
-//! Times whole commands: `ckpt dump`, `ckpt restore`, and the same of a peer, in turn, on the same programs.
+//! Ways to checkpoint, side by side: what ckpt's backends and their peers take for the same work, in one run, in turn.
 //!
-//! Every run starts a program anew, waits until it has touched its memory, dumps it, restores it, and sees to it that it
-//! goes on; a row whose program did not go on says so and has no time. Given are medians (and minima) of the wall time,
-//! the same of a dump until its files are synced, and the largest resident size of the command itself.
+//! ```text
+//! arguments -> tools that are here -> measures, each in rounds over all tools -> record -> terminal, JSON, HTML
+//! ```
 
-mod load;
+mod arguments;
+mod command;
+mod compare;
+mod host;
+mod measures;
+mod programs;
+mod record;
+mod report;
+mod statistics;
+mod tools;
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitCode};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use load::{LOADS, Load};
+use clap::Parser;
 
-const USAGE: &str = "usage: ckpt-bench [--runs N] [--dir DIR] [--only NAME] [--ckpt FILE] [--criu COMMAND]
-
-  --runs N        interleaved runs of each row (default 9)
-  --dir DIR       where images are written (default: a temporary directory)
-  --only NAME     one load only: tiny, 10-mib, 1-gib, tree-100, threads-200
-  --ckpt FILE     the program (default: the one beside this)
-  --criu COMMAND  how to run CRIU; benches/peers.sh fetches it, and says how";
+use arguments::{Arguments, Run, Verb};
+use measures::{Bench, cycle, lazy, null, overhead};
+use record::{Record, Settings, Skipped, ToolFacts};
+use tools::Found;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let ["--load", name, progress] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        return load::run(name, Path::new(progress));
-    }
-    match Bench::parse(&arguments).and_then(|bench| bench.run()) {
+    let arguments = Arguments::parse();
+    let done = match &arguments.verb {
+        Some(Verb::Program(program)) => return programs::own::run(program),
+        Some(Verb::Call(call)) => return measures::calls::run(call),
+        Some(Verb::Compare { before, after }) => compare(before, after),
+        Some(Verb::Report { json, html }) => {
+            record::read(json).and_then(|record| write(html, &report::html::page(&record))).map(|()| true)
+        }
+        None => measure(&arguments.run),
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(message) => {
-            eprintln!("ckpt-bench: {message}\n{USAGE}");
-            ExitCode::from(2)
+            eprintln!("ckpt-bench: error: {message}");
+            ExitCode::FAILURE
         }
     }
 }
 
-struct Bench {
-    runs: usize,
-    dir: PathBuf,
-    only: Option<String>,
-    ckpt: PathBuf,
-    criu: Option<Vec<String>>,
-    /// Removed at the end.
-    _temporary: Option<tempfile::TempDir>,
+fn compare(before: &Path, after: &Path) -> Result<bool, String> {
+    let (before, after) = (record::read(before)?, record::read(after)?);
+    print(&compare::text(&before, &after));
+    // What became slower is for people to judge; CI must not fail on time.
+    Ok(true)
 }
 
-/// A tool that dumps and restores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tool {
-    Ckpt,
-    Criu,
-}
-
-/// One command that was timed.
-#[derive(Clone, Copy)]
-struct Timed {
-    took: Duration,
-    /// Until the image was on its medium as well. ckpt ends only then; others leave that to the kernel.
-    durable: Duration,
-    /// Largest resident size, in KiB.
-    peak: i64,
-}
-
-/// All runs of one tool on one load.
-#[derive(Default)]
-struct Row {
-    dumps: Vec<Timed>,
-    restores: Vec<Timed>,
-    failure: Option<String>,
-}
-
-impl Bench {
-    fn parse(arguments: &[String]) -> Result<Bench, String> {
-        let own = std::env::current_exe().map_err(|error| error.to_string())?;
-        let (mut runs, mut dir, mut only, mut ckpt, mut criu) = (9, None, None, own.with_file_name("ckpt"), None);
-        let mut words = arguments.iter();
-        while let Some(name) = words.next() {
-            let value = words.next().ok_or(format!("{name} needs a value"))?;
-            match name.as_str() {
-                "--runs" => runs = value.parse().ok().filter(|&runs| runs > 0).ok_or(format!("--runs {value}"))?,
-                "--dir" => dir = Some(PathBuf::from(value)),
-                "--only" => only = Some(value.clone()),
-                "--ckpt" => ckpt = PathBuf::from(value),
-                "--criu" => criu = Some(value.split_whitespace().map(String::from).collect()),
-                _ => return Err(format!("there is no option {name}")),
-            }
-        }
-        if let Some(only) = &only
-            && !LOADS.iter().any(|load| load.name == only)
-        {
-            return Err(format!("there is no load {only}"));
-        }
-        let temporary = match dir {
-            Some(_) => None,
-            None => Some(tempfile::tempdir().map_err(|error| error.to_string())?),
-        };
-        let dir = dir.unwrap_or_else(|| temporary.as_ref().expect("made without --dir").path().to_path_buf());
-        Ok(Bench { runs, dir, only, ckpt, criu, _temporary: temporary })
-    }
-
-    /// Whether every program of every row went on.
-    fn run(&self) -> Result<bool, String> {
-        // Orphans of a restore come to us, so that we can end and reap them.
-        nix::sys::prctl::set_child_subreaper(true).map_err(|error| error.to_string())?;
-        let mut tools = vec![Tool::Ckpt];
-        match &self.criu {
-            Some(_) => tools.push(Tool::Criu),
-            None => println!("criu: absent (--criu names it; benches/peers.sh fetches it)"),
-        }
-        println!("median (minimum) of {} interleaved runs, wall time of the whole command", self.runs);
-        println!(
-            "{:<12} {:<5} {:>21} {:>21} {:>21} {:>12} {:>12}",
-            "load", "tool", "dump", "dump and sync", "restore", "dump peak", "restore peak"
-        );
-        let mut good = true;
-        for load in LOADS.iter().filter(|load| self.only.as_deref().is_none_or(|only| only == load.name)) {
-            let mut rows: Vec<Row> = tools.iter().map(|_| Row::default()).collect();
-            for _ in 0..self.runs {
-                for (tool, row) in tools.iter().zip(&mut rows).filter(|(_, row)| row.failure.is_none()) {
-                    match self.once(load, *tool) {
-                        Ok((dump, restore)) => {
-                            row.dumps.push(dump);
-                            row.restores.push(restore);
-                        }
-                        Err(failure) => row.failure = Some(failure),
-                    }
-                }
-            }
-            for (tool, row) in tools.iter().zip(&rows) {
-                good &= row.failure.is_none() || *tool != Tool::Ckpt;
-                row.print(load.name, *tool);
-            }
-        }
-        Ok(good)
-    }
-
-    /// One program's life: started, dumped, restored, seen to go on, ended.
-    fn once(&self, load: &Load, tool: Tool) -> Result<(Timed, Timed), String> {
-        let place = tempfile::tempdir_in(&self.dir).map_err(|error| error.to_string())?;
-        let progress = place.path().join("progress");
-        let image = place.path().join("image");
-        fs::create_dir(&image).map_err(|error| error.to_string())?;
-        let root = start(load, &progress)?;
-        let result = (|| {
-            load.wait_until_it_works(&progress)?;
-            let dump = self.command(tool, "dump", root, &image)?;
-            gone(root)?;
-            let restore = self.command(tool, "restore", root, &image)?;
-            load.wait_until_it_works(&progress)?;
-            Ok((dump, restore))
-        })();
-        end(root);
-        result
-    }
-
-    fn command(&self, tool: Tool, verb: &str, root: i32, image: &Path) -> Result<Timed, String> {
-        let root = root.to_string();
-        let mut command = match tool {
-            Tool::Ckpt => Command::new(&self.ckpt),
-            Tool::Criu => {
-                let words = self.criu.as_ref().expect("only with --criu");
-                let mut command = Command::new(&words[0]);
-                command.args(&words[1..]);
-                command
-            }
-        };
-        match (tool, verb) {
-            (Tool::Ckpt, "dump") => command.args(["--quiet", "dump", "-t", &root, "-D"]).arg(image),
-            (Tool::Ckpt, _) => command.args(["--quiet", "restore", "--detach", "-D"]).arg(image),
-            (Tool::Criu, "dump") => command.args(["dump", "-v0", "-t", &root, "-D"]).arg(image),
-            (Tool::Criu, _) => command.args(["restore", "-v0", "-d", "-D"]).arg(image),
-        };
-        let log = image.with_extension("log");
-        let output = fs::File::create(&log).map_err(|error| error.to_string())?;
-        command.stdin(Stdio::null()).stdout(output.try_clone().map_err(|error| error.to_string())?).stderr(output);
-        let begin = Instant::now();
-        let child = command.spawn().map_err(|error| format!("{tool:?}: {error}"))?;
-        let (status, peak) = wait4(child.id() as i32)?;
-        let took = begin.elapsed();
-        if status == 0 {
-            sync(image).map_err(|error| format!("syncing the image: {error}"))?;
-            return Ok(Timed { took, durable: begin.elapsed(), peak });
-        }
-        let said = fs::read_to_string(&log).unwrap_or_default();
-        Err(format!("{verb} ended with status {status:#x}: {}", said.lines().last().unwrap_or("")))
-    }
-}
-
-impl Row {
-    fn print(&self, load: &str, tool: Tool) {
-        let tool = format!("{tool:?}").to_lowercase();
-        if let Some(failure) = &self.failure {
-            println!("{load:<12} {tool:<5} failed: {failure}");
-        } else {
-            let peak = |runs: &[Timed]| format!("{} KiB", runs.iter().map(|run| run.peak).max().unwrap_or(0));
-            let (dumps, restores) = (&self.dumps, &self.restores);
-            println!(
-                "{load:<12} {tool:<5} {:>21} {:>21} {:>21} {:>12} {:>12}",
-                times(dumps, |run| run.took),
-                times(dumps, |run| run.durable),
-                times(restores, |run| run.took),
-                peak(dumps),
-                peak(restores)
-            );
-        }
-        let _ = std::io::stdout().flush();
-    }
-}
-
-/// Brings the files of an image to their medium, where they are not yet.
-fn sync(image: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(image)? {
-        fs::File::open(entry?.path())?.sync_data()?;
-    }
-    fs::File::open(image)?.sync_all()
-}
-
-/// The median, and the minimum in parentheses.
-fn times(runs: &[Timed], of: impl Fn(&Timed) -> Duration) -> String {
-    let mut times: Vec<f64> = runs.iter().map(|run| of(run).as_secs_f64() * 1e3).collect();
-    times.sort_by(f64::total_cmp);
-    format!("{:.1} ({:.1}) ms", times[times.len() / 2], times[0])
-}
-
-/// Starts a load in a session of its own, with no descriptor but the standard ones, which lead to `/dev/null`.
-fn start(load: &Load, progress: &Path) -> Result<i32, String> {
-    let mut command = Command::new("/proc/self/exe");
-    command.args(["--load", load.name]).arg(progress);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-    // SAFETY: setsid(2) and close_range(2) are async-signal-safe.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::setsid()?;
-            libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int);
-            Ok(())
-        })
+/// Whether all of ckpt that was run did what it should.
+fn measure(run: &Run) -> Result<bool, String> {
+    let begun = Instant::now();
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let out = make_directory(&run.out)?;
+    let temporary = match &run.images {
+        Some(images) => tempfile::tempdir_in(make_directory(images)?),
+        None => tempfile::tempdir_in(&out),
     };
-    // The child is waited for by its pid, as its restored self will have to be.
-    Ok(command.spawn().map_err(|error| format!("starting {}: {error}", load.name))?.id() as i32)
-}
-
-/// Waits for the dumped root, so that its pid is free again.
-fn gone(root: i32) -> Result<(), String> {
-    let (status, _) = wait4(root)?;
-    if libc::WIFSIGNALED(status) { Ok(()) } else { Err(format!("the program ended by itself, status {status:#x}")) }
-}
-
-/// Ends the program with all of its tree, whose group it leads.
-fn end(root: i32) {
-    // SAFETY: the group of a process that we started, or of its restored self.
-    unsafe { libc::kill(-root, libc::SIGKILL) };
-    // Of the tree only; commands have been waited for.
-    while wait4(-1).is_ok() {}
-}
-
-/// Its status, and the largest resident size in KiB.
-fn wait4(pid: i32) -> Result<(i32, i64), String> {
-    let mut status = 0;
-    // SAFETY: a zeroed rusage is valid, and both live for the call.
-    let (result, usage) = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        (libc::wait4(pid, &mut status, 0, &mut usage), usage)
+    let temporary = temporary.map_err(|error| format!("no directory for images can be made: {error}; see --images"))?;
+    let ckpt = match &run.ckpt {
+        Some(ckpt) => {
+            ckpt.canonicalize().map_err(|error| format!("{}: {error}; --ckpt names the program", ckpt.display()))?
+        }
+        None => build()?,
     };
-    if result < 0 { Err(format!("wait4: {}", std::io::Error::last_os_error())) } else { Ok((status, usage.ru_maxrss)) }
+    // What restored trees leave comes to us, so that we can end it.
+    nix::sys::prctl::set_child_subreaper(true).map_err(|errno| format!("prctl(PR_SET_CHILD_SUBREAPER): {errno}"))?;
+
+    let (mut present, mut facts) = (Vec::new(), Vec::new());
+    for found in tools::find(&run.backends, &run.peers, &ckpt)? {
+        match found {
+            Found::Tool(tool) => {
+                facts.push(tool.facts());
+                present.push(tool);
+            }
+            Found::Absent(absent) => facts.push(absent),
+        }
+    }
+    print(&report::terminal::tools(&facts));
+    let mut bench = Bench {
+        tools: present,
+        images: temporary.path().to_path_buf(),
+        rounds: run.rounds(),
+        within: run.time_box(),
+        timeout: run.timeout,
+        rows: Vec::new(),
+        ratios: Vec::new(),
+        skipped: Vec::new(),
+    };
+    let mut record = Record {
+        format: record::FORMAT.into(),
+        version: record::VERSION,
+        ckpt: ckpt_version(&facts),
+        host: host::facts(&bench.images),
+        settings: Settings {
+            quick: run.quick,
+            runs: run.rounds(),
+            within: run.time_box().as_secs_f64(),
+            timeout: run.timeout.as_secs_f64(),
+        },
+        started,
+        took: 0.0,
+        tools: facts,
+        skipped: Vec::new(),
+        null: None,
+        rows: Vec::new(),
+        ratios: Vec::new(),
+    };
+    match null::measure(&bench.images, run.timeout) {
+        Ok(null) => {
+            print(&report::terminal::null(&null));
+            record.null = Some(null);
+        }
+        Err(why) => bench.skipped.push(Skipped { what: "null measurement".into(), why }),
+    }
+    run_all(run, &mut bench);
+    record.rows = bench.rows;
+    record.ratios = bench.ratios;
+    record.skipped = bench.skipped;
+    record.took = begun.elapsed().as_secs_f64();
+
+    let (json, html) = (out.join("bench.json"), out.join("report.html"));
+    print(&report::terminal::closing(&record));
+    write(&json, &record.to_json()?)?;
+    write(&html, &report::html::page(&record))?;
+    print(&format!("\n{} and {} are written, after {:.0} s\n", json.display(), html.display(), record.took));
+    Ok(record.is_good())
+}
+
+/// Everything that was asked for, and what came of it as soon as it is there.
+fn run_all(run: &Run, bench: &mut Bench) {
+    let step = |bench: &mut Bench, name: &str, work: &dyn Fn(&mut Bench)| {
+        let (rows, skipped) = (bench.rows.len(), bench.skipped.len());
+        eprintln!("ckpt-bench: {name}");
+        work(bench);
+        print(&report::terminal::rows(&bench.rows[rows..], &bench.ratios));
+        print(&report::terminal::skipped(&bench.skipped[skipped..]));
+    };
+    for program in programs::all().iter().filter(|program| run.wants(program.name(), program.quick())) {
+        if bench.tools.is_empty() {
+            bench.skipped.push(Skipped { what: program.name().into(), why: "there is no tool to run it with".into() });
+            continue;
+        }
+        step(bench, program.name(), &|bench| cycle::measure(bench, &**program));
+    }
+    for workload in lazy::WORKLOADS.iter().filter(|workload| run.wants(workload.name, workload.quick)) {
+        step(bench, workload.name, &|bench| lazy::measure(bench, workload));
+    }
+    for workload in overhead::WORKLOADS.iter().filter(|workload| run.wants(workload.name, true)) {
+        let work = if workload.name == "overhead-calls" { overhead::measure_calls } else { overhead::measure_programs };
+        step(bench, workload.name, &work);
+    }
+}
+
+/// Builds the ckpt of this source, where cargo runs us; else takes the one beside us.
+fn build() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|error| format!("the driver's own file: {error}"))?;
+    let beside = own.with_file_name("ckpt");
+    if let Some(cargo) = std::env::var_os("CARGO") {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+        let mut command = Command::new(cargo);
+        command.args(["build", "--release", "--package", "ckpt", "--manifest-path"]).arg(manifest);
+        let status = command.status().map_err(|error| format!("cargo cannot be run: {error}"))?;
+        if !status.success() {
+            return Err("ckpt cannot be built; see above".into());
+        }
+    }
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    Err(format!("there is no {}; name one with --ckpt, or start this with cargo run --release", beside.display()))
+}
+
+fn ckpt_version(facts: &[ToolFacts]) -> String {
+    let ours = facts.iter().find_map(|facts| facts.version.clone().filter(|version| version.starts_with("ckpt")));
+    ours.unwrap_or_default()
+}
+
+fn make_directory(path: &Path) -> Result<PathBuf, String> {
+    let made = fs::create_dir_all(path).and_then(|()| path.canonicalize());
+    made.map_err(|error| format!("{} cannot be made: {error}; choose another directory", path.display()))
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    let written = fs::write(path, text);
+    written.map_err(|error| format!("{} cannot be written: {error}; choose another with --out", path.display()))
+}
+
+/// A reader that went away is no reason to stop.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush());
 }

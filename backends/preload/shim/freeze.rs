@@ -321,7 +321,7 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64, stack: u64) {
                     let mut none = -1;
                     if send(socket, &raw const ready) && receive(socket, &raw mut go, &mut none) {
                         set_session((nonce as u64) << 32 | OPEN);
-                        enter_keeping(base, lane as u64, &raw const leave, &raw const way_out);
+                        enter_keeping(base, lane as u64, MAIN_LANE_SIZE, &raw const leave, &raw const way_out);
                     }
                     BASE.store(0, Ordering::SeqCst);
                     sys!(calls::MUNMAP, base, welcome.size);
@@ -356,27 +356,25 @@ unsafe fn guest(index: u64, context: *mut u64, stack: u64) {
         let arrived = &*(&raw const (*lane).arrived).cast::<AtomicU32>();
         arrived.store(1, Ordering::SeqCst);
         sys!(calls::FUTEX, arrived.as_ptr(), 1, i32::MAX);
-        enter_keeping(base, lane as u64, &raw const leave, &raw const way_out);
+        enter_keeping(base, lane as u64, THREAD_LANE_SIZE, &raw const leave, &raw const way_out);
     }
 }
 
 /// Enters the agent from a handler: what the way out needs stays on this stack, which nobody else uses.
-unsafe fn enter_keeping(base: u64, lane: u64, leave: *const Leave, way_out: *const WayOut) -> ! {
+unsafe fn enter_keeping(base: u64, lane: u64, size: usize, leave: *const Leave, way_out: *const WayOut) -> ! {
     // SAFETY: the pointers are used, as far as the compiler knows.
     unsafe {
         asm!("/* {0} {1} */", in(reg) leave, in(reg) way_out);
-        enter(base, lane)
+        enter(base, lane, size)
     }
 }
 
 /// Enters the agent with a lane, on the lane's own stack.
 ///
 /// # Safety
-/// The region is mapped at `base`, and the driver has laid out the lane.
-pub unsafe fn enter(base: u64, lane: u64) -> ! {
-    let main = base + (CODE_SIZE + CONTROL_SIZE) as u64 == lane;
+/// The region is mapped at `base`, and the driver has laid out the lane, which has this size.
+pub unsafe fn enter(base: u64, lane: u64, size: usize) -> ! {
     // As `Channel` has it: the stack ends where the frame begins at the latest.
-    let size = if main { MAIN_LANE_SIZE } else { THREAD_LANE_SIZE };
     let stack = lane + (size - FRAME_SIZE) as u64 - 64;
     // SAFETY: the agent's code is at the beginning of the region, and never returns.
     unsafe {

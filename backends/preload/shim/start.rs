@@ -256,7 +256,8 @@ unsafe fn become_skeleton(text: *const u8) -> ! {
         sys!(calls::RT_SIGPROCMASK, 2, &raw const all, 0, 8);
         if map_region(memfd as i32, base, size) {
             sys!(calls::CLOSE, memfd);
-            freeze::enter(base, lane);
+            // The lane of a main thread.
+            freeze::enter(base, lane, agent::MAIN_LANE_SIZE);
         }
         loop {
             sys!(calls::EXIT_GROUP, 1);

@@ -64,10 +64,8 @@ fn capability() -> Capability {
             "naming the limit that is in the way",
             // The way out of a skeleton lies there, and nobody is left to put back what it lies over.
             "data right below a small stack",
-            // It does not take the shim's signal: found by the conformance suite, and not understood yet.
-            "vim",
-            // A long batch of mappings fails in its skeleton, and a socket with a long name needs privileges: as above.
-            "PostgreSQL",
+            // The thread of the C library that waits for them blocks every signal, and takes the shim's with `sigwaitinfo`.
+            "timers with SIGEV_THREAD",
         ],
         privileges: Vec::new(),
     }

@@ -156,7 +156,7 @@ fn is_lazy_object(image: &Image, id: ObjectId, object: &Object, options: &Option
     const NO_MORE_WRITES: u32 = (libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE) as u32;
     let is_unreachable = match &object.kind {
         ObjectKind::Anonymous => true,
-        // Whoever is permitted to can attach it.
+        // Whoever has its id may attach it.
         ObjectKind::Segment { .. } => false,
         ObjectKind::Memfd { seals, .. } => {
             let is_it = |kind: &FileKind| matches!(kind, FileKind::Memfd(memfd) if memfd.object == id);

@@ -42,7 +42,7 @@ pub fn cases() -> Vec<Case> {
                 &[("/usr/share/postgresql-common/pg_wrapper", "postgresql"), ("/usr/bin/setpriv", "util-linux")],
             ),
         )
-        .needs(&["PostgreSQL"]),
+        .privileged("accepted connections of a named socket take CAP_SYS_CHROOT"),
         Case::program(
             "programs/python",
             &["files", "locks", "memory", "registers", "signals", "tasks"],
@@ -63,7 +63,8 @@ pub fn cases() -> Vec<Case> {
             &["files", "tasks", "terminals"],
             script(vim, &[("/usr/bin/python3", "python3"), ("/usr/bin/vim", "vim")]),
         )
-        .needs(&["vim"]),
+        // It has one for searches that take too long.
+        .needs(&["timers with SIGEV_THREAD"]),
         Case::with_root("programs/worker", RESOURCES, Root::Subject(worker::worker), 5),
     ]
     .into_iter()

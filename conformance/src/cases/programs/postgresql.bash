@@ -16,7 +16,8 @@ fail() {
 
 "$bin/initdb" --no-sync --username=tester --auth=trust --locale=C -D data > initdb.log || fail "initdb failed"
 "$bin/postgres" -D data -k "$PWD" -p "$PGPORT" -c listen_addresses= -c fsync=off -c autovacuum=off -c max_logical_replication_workers=0 -c checkpoint_timeout=1h -c max_connections=10 \
-    -c shared_buffers=16MB -c shared_memory_type=sysv -c jit=off > server.log 2>&1 &
+    -c shared_buffers=16MB -c shared_memory_type=sysv -c jit=off \
+    -c wal_level=minimal -c max_wal_senders=0 > server.log 2>&1 &
 server=$!
 for ((tries = 0; tries < 1000; tries++)); do
     "$bin/psql" -qAtc 'select 1' > /dev/null 2>&1 && break
@@ -37,12 +38,12 @@ echo 'begin;' >&"${session[1]}"
 echo "insert into numbers select n, repeat(md5(n::text), 20) from generate_series(1, 20000) n;" >&"${session[1]}"
 ask 'select count(*) from numbers;' 20000
 
-# Another client has the server compute, a digest of a digest and so on, until it is told to stop.
+# Another client has the server compute, a digest of a digest and so on, until it is told to stop: in one transaction, so that
+# nothing is written meanwhile, and the server stays with its file of the log.
 "$bin/psql" -qAt -c "do \$\$ declare steps int := 0; digest text := 'begin'; begin
     while not exists (select from stop) loop
         steps := steps + 1;
         digest := md5(digest);
-        commit;
     end loop;
     insert into kept values (steps, digest);
 end \$\$" > computing.log 2>&1 &
@@ -50,6 +51,9 @@ computing=$!
 is_busy="select count(*) from pg_stat_activity where state = 'active' and query like 'do %'"
 until [ "$("$bin/psql" -qAtc "$is_busy")" = 1 ]; do sleep 0.01; done
 # Checkpointer, writers, and the servers of two clients: nobody comes or goes any more.
+until [ "$(wc -w < "/proc/$server/task/$server/children")" = 5 ]; do sleep 0.01; done
+# What was written is on the disk: no writer opens a file of the log while it is looked at.
+"$bin/psql" -qAtc checkpoint > /dev/null || fail "no checkpoint"
 until [ "$(wc -w < "/proc/$server/task/$server/children")" = 5 ]; do sleep 0.01; done
 # Without a child, which would be in the tree for a moment.
 mkfifo silence

@@ -1,0 +1,70 @@
+//! Two runs: what became slower or larger, faster or smaller.
+
+use crate::record::{Record, Row};
+use crate::report::number;
+use crate::statistics::{Estimate, unpaired_ratio};
+
+/// Changes that are smaller are not told, however sure they are: two runs of the same thing differ by as much.
+const LEAST: f64 = 0.05;
+
+pub fn text(before: &Record, after: &Record) -> String {
+    let mut text = String::new();
+    if before.host != after.host {
+        text += "note: the machines, kernels or file systems are not the same:\n";
+        text += &format!("  before {:?}\n  after  {:?}\n", before.host, after.host);
+    }
+    if let (Some(before), Some(after)) = (&before.null, &after.null) {
+        let change = after.bare.median / before.bare.median;
+        text += &format!("the null command took {}x of before: how much the machine itself changed\n", number(change));
+    }
+    let (mut worse, mut better, mut same) = (Vec::new(), Vec::new(), 0);
+    for row in &after.rows {
+        let Some(old) = before.row(row.group, &row.workload, &row.tool) else {
+            text += &format!("new: {} {}\n", row.workload, row.tool);
+            continue;
+        };
+        match (&old.failed, &row.failed) {
+            (None, Some(why)) => text += &format!("fails now: {} {}: {why}\n", row.workload, row.tool),
+            (Some(_), None) => text += &format!("works now: {} {}\n", row.workload, row.tool),
+            _ => {}
+        }
+        for (name, measure) in &row.measures {
+            let Some(other) = old.measures.get(name) else { continue };
+            let Some(ratio) = unpaired_ratio(&measure.samples, &other.samples) else { continue };
+            let line = line(row, name, other.summary.median, measure.summary.median, measure.unit.name(), ratio);
+            if ratio.low > 1.0 && ratio.value > 1.0 + LEAST {
+                worse.push((ratio.value, line));
+            } else if ratio.high < 1.0 && ratio.value < 1.0 / (1.0 + LEAST) {
+                better.push((ratio.value, line));
+            } else {
+                same += 1;
+            }
+        }
+    }
+    for old in &before.rows {
+        if after.row(old.group, &old.workload, &old.tool).is_none() {
+            text += &format!("not run any more: {} {}\n", old.workload, old.tool);
+        }
+    }
+    worse.sort_by(|a, b| b.0.total_cmp(&a.0));
+    better.sort_by(|a, b| a.0.total_cmp(&b.0));
+    for (title, lines) in [("slower or larger", &worse), ("faster or smaller", &better)] {
+        text += &format!("\n{title}: {}\n", lines.len());
+        text.extend(lines.iter().map(|(_, line)| line.as_str()));
+    }
+    text + &format!("\nwithin their intervals, or less than {:.0} %: {same}\n", LEAST * 100.0)
+}
+
+fn line(row: &Row, measure: &str, before: f64, after: f64, unit: &str, ratio: Estimate) -> String {
+    format!(
+        "  {:<26} {:<10} {:<16} {:>8} -> {:>8} {unit:<5} {}x [{}, {}]\n",
+        row.workload,
+        row.tool,
+        measure,
+        number(before),
+        number(after),
+        number(ratio.value),
+        number(ratio.low),
+        number(ratio.high)
+    )
+}

@@ -1,0 +1,248 @@
+//! A redis that answers before its memory is there: the tools that bring it in behind, and beside them those that do not.
+//!
+//! Each tool saves its own redis once; then that image is restored again and again, in turn, from the page cache. A client
+//! begins to ask as soon as the restore command is started, and goes on until all pages are in.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use super::cycle::{gone, run, settle};
+use super::{Bench, Samples, Turn, ratios, row, take_turns};
+use crate::command;
+use crate::programs::redis::{Address, Connection, Redis};
+use crate::programs::{Program, http};
+use crate::record::{Group, Skipped, Unit};
+use crate::statistics::quantile;
+use crate::tools::{Lazily, Tool};
+
+pub struct Workload {
+    pub name: &'static str,
+    keys: usize,
+    pub quick: bool,
+}
+
+pub const WORKLOADS: &[Workload] = &[
+    Workload { name: "lazy-redis-256m", keys: 200_000, quick: true },
+    Workload { name: "lazy-redis-1g", keys: 800_000, quick: false },
+    Workload { name: "lazy-redis-4g", keys: 3_200_000, quick: false },
+];
+
+impl Workload {
+    pub fn about(&self) -> String {
+        format!("a redis of {} keys, asked while its memory comes in", self.keys)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.keys as u64 * 1340
+    }
+}
+
+/// A way to restore that image of a tool.
+struct Way<'a> {
+    tool: &'a dyn Tool,
+    lazily: Option<Lazily>,
+    image: PathBuf,
+    address: Address,
+}
+
+pub fn measure(bench: &mut Bench, workload: &Workload) {
+    let redis = Redis { name: workload.name, by_unix_socket: true, keys: workload.keys, quick: workload.quick };
+    if let Some(why) = redis.absent() {
+        bench.skipped.push(Skipped { what: workload.name.into(), why });
+        return;
+    }
+    if !bench.tools.iter().any(|tool| tool.lazily().is_some()) {
+        let why = "none of the tools restores lazily".into();
+        bench.skipped.push(Skipped { what: workload.name.into(), why });
+        return;
+    }
+    let result = tempfile::tempdir_in(&bench.images).map_err(|error| format!("{}: {error}", bench.images.display()));
+    match result.and_then(|place| measure_in(bench, workload, &redis, place.path())) {
+        Ok(()) => {}
+        Err(why) => bench.skipped.push(Skipped { what: workload.name.into(), why }),
+    }
+}
+
+fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Path) -> Result<(), String> {
+    let (timeout, name, keys) = (bench.timeout, workload.name, workload.keys);
+    let mut rows = Vec::new();
+    let mut ways: Vec<Way<'_>> = Vec::new();
+    for tool in bench.tools.iter().filter(|tool| matches!(tool.name(), "ptrace" | "userfault" | "criu")) {
+        let place = place.join(tool.name());
+        match save(&**tool, redis, &place, timeout) {
+            Ok(address) => {
+                let image = place.join("image");
+                // CRIU restores both ways, from the same image.
+                if tool.name() != "userfault" {
+                    ways.push(Way { tool: &**tool, lazily: None, image: image.clone(), address: address.clone() });
+                }
+                if let Some(lazily) = tool.lazily() {
+                    ways.push(Way { tool: &**tool, lazily: Some(lazily), image, address });
+                }
+            }
+            Err(failure) => {
+                let tool = tool.lazily().map_or(tool.name(), |lazily| lazily.name);
+                rows.push(row(Group::Lazy, name, tool, workload.bytes(), &Err(failure)));
+            }
+        }
+    }
+    let mut turns: Vec<Turn<'_>> = Vec::new();
+    for way in &ways {
+        let tool = way.lazily.as_ref().map_or(way.tool.name(), |lazily| lazily.name);
+        turns.push((tool.into(), Box::new(move || round(way, keys, timeout))));
+    }
+    let results = take_turns(bench.rounds, bench.within, &mut turns);
+    rows.extend(
+        turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Lazy, name, tool, workload.bytes(), result)),
+    );
+    drop(turns);
+    drop(ways);
+    bench.ratios.extend(ratios(&rows, "userfault"));
+    bench.rows.extend(rows);
+    Ok(())
+}
+
+/// Starts a redis and saves it; gives where it listens.
+fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Result<Address, String> {
+    std::fs::create_dir(place).map_err(|error| format!("{}: {error}", place.display()))?;
+    let result = (|| {
+        let (command, mut session, address) = redis.prepare_at(place)?;
+        let root = tool.start(command, place, timeout)?;
+        session.ready()?;
+        run(tool, tool.dump(root, &place.join("image"), false)?, "dump", place, timeout)?;
+        gone(root)?;
+        Ok(address)
+    })();
+    settle(place);
+    let ended = command::end_descendants();
+    result.and_then(|address| ended.map(|()| address))
+}
+
+fn round(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, String> {
+    let result = restore(way, keys, timeout);
+    let ended = command::end_descendants();
+    result.and_then(|samples| ended.map(|()| samples))
+}
+
+/// Whether somebody listens on a Unix socket. To connect would be taken for the restore.
+fn listens(socket: &Path) -> bool {
+    let path = socket.to_string_lossy().into_owned();
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    // The fourth field has __SO_ACCEPTCON; daemons may have bound a relative path.
+    let listening = |line: &str| line.split_whitespace().nth(3) == Some("00010000");
+    let named = |line: &str| line.ends_with(&path) || line.ends_with(" lazy-pages.socket");
+    socket.exists() && table.lines().any(|line| listening(line) && named(line))
+}
+
+/// What the client saw.
+struct Seen {
+    ping: Instant,
+    first: Instant,
+    /// Microseconds.
+    while_loading: Vec<f64>,
+}
+
+fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, String> {
+    let mut samples = Samples::default();
+    let place = way.image.parent().ok_or("an image without a place")?;
+    let daemon = match way.lazily.as_ref().and_then(|lazily| lazily.daemon) {
+        Some(daemon) => {
+            let mut command = daemon(way.tool, &way.image);
+            let log = place.join("daemon.log");
+            let daemon = command::start(&mut command, "the daemon", &log).map_err(|failure| failure.reason)?;
+            // Whoever uses it starts it before as well; its start is not counted.
+            let socket = way.image.join("lazy-pages.socket");
+            let begun = Instant::now();
+            while !listens(&socket) {
+                if begun.elapsed() > timeout {
+                    daemon.kill();
+                    return Err(format!("{} is not listened on", socket.display()));
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Some(daemon)
+        }
+        None => None,
+    };
+    let mut command: Command = match &way.lazily {
+        Some(lazily) => (lazily.restore)(way.tool, &way.image),
+        None => way.tool.restore(&way.image)?,
+    };
+    let log = place.join("restore.log");
+    let running = command::start(&mut command, "restore", &log).map_err(|failure| failure.reason)?;
+    let begun = running.begun();
+    let (give_up, loaded) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (done, seen) = std::thread::scope(|scope| {
+        let asking = std::thread::Builder::new().spawn_scoped(scope, || ask(way, keys, timeout, &give_up, &loaded));
+        let done = running.wait(timeout).and_then(|taken| match daemon {
+            Some(daemon) => daemon.wait(timeout).map(|daemon| daemon.begun.max(taken.begun)),
+            None => Ok(taken.begun),
+        });
+        let complete = Instant::now();
+        loaded.store(true, SeqCst);
+        give_up.store(done.is_err(), SeqCst);
+        let seen = asking.map_err(|error| format!("no thread to ask with: {error}"));
+        let seen = seen.and_then(|asking| asking.join().unwrap_or_else(|_| Err("asking failed".into())));
+        (done.map(|_| complete), seen)
+    });
+    let complete = done.map_err(|failure| failure.reason)?;
+    let seen = seen.map_err(|error| format!("after the restore: {error}"))?;
+    samples.add_time("ping", seen.ping.duration_since(begun));
+    samples.add_time("first-get", seen.first.duration_since(begun));
+    samples.add_time("all-pages", complete.duration_since(begun));
+    if way.lazily.is_some() && seen.while_loading.len() >= 10 {
+        samples.add("get-p50", Unit::Microseconds, quantile(&seen.while_loading, 0.5));
+        samples.add("get-p99", Unit::Microseconds, quantile(&seen.while_loading, 0.99));
+        samples.pooled.push(("GET while loading", Unit::Microseconds, seen.while_loading));
+    }
+    if way.tool.name() == "userfault" {
+        own_figures(&log, &mut samples)?;
+    }
+    // All of it must be what it was.
+    let mut connection = Connection::open(&way.address, timeout, &http::NEVER)?;
+    let count = connection.ask("DBSIZE")?;
+    if count != keys.to_string() {
+        return Err(format!("after the restore: {count} keys of {keys}"));
+    }
+    (0..keys).step_by(keys / 2000 + 1).try_for_each(|key| connection.get(key))?;
+    Ok(samples)
+}
+
+fn ask(
+    way: &Way<'_>,
+    keys: usize,
+    timeout: Duration,
+    give_up: &AtomicBool,
+    loaded: &AtomicBool,
+) -> Result<Seen, String> {
+    let mut connection = Connection::open(&way.address, timeout, give_up)?;
+    connection.ask("PING")?;
+    let ping = Instant::now();
+    connection.get(keys / 2)?;
+    let first = Instant::now();
+    let mut while_loading = Vec::new();
+    let mut at = 1;
+    // An eager restore is done by now, or about to be.
+    while way.lazily.is_some() && !loaded.load(SeqCst) && ping.elapsed() < timeout {
+        at = (at + 1_000_003) % keys;
+        let asked = Instant::now();
+        connection.get(at)?;
+        while_loading.push(asked.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(Seen { ping, first, while_loading })
+}
+
+/// What the pager of ckpt tells of itself.
+fn own_figures(log: &Path, samples: &mut Samples) -> Result<(), String> {
+    let text = std::fs::read_to_string(log).map_err(|error| format!("{}: {error}", log.display()))?;
+    let start = text.find('{').ok_or("ckpt told no figures")?;
+    let figures: serde_json::Value =
+        serde_json::from_str(&text[start..]).map_err(|error| format!("the figures of ckpt: {error}"))?;
+    let number = |value: &serde_json::Value| value.as_f64().ok_or("the figures of ckpt have changed");
+    samples.add("faults", Unit::Count, number(&figures["faults"])?);
+    samples.add("fault-p50", Unit::Microseconds, number(&figures["fault_latency_us"]["p50"])?);
+    samples.add("fault-p99", Unit::Microseconds, number(&figures["fault_latency_us"]["p99"])?);
+    Ok(())
+}
