@@ -25,7 +25,7 @@ use crate::progress::Bar;
 use crate::supervise::{self, Chore, Terminal};
 use crate::{backends, human, output, sys};
 
-/// Bring the processes of an image back, with their old ids
+/// Bring the processes of an image back, with their old ids as far as they can see
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

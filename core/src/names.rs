@@ -6,6 +6,7 @@
 use crate::image::{Image, Process, Task};
 use crate::resource::descriptors::{FileKind, OpenFile};
 use crate::resource::locks::Kind;
+use crate::resource::terminals::Terminal;
 use crate::target::{Pid, SigInfo};
 
 /// What an id is to be called.
@@ -73,6 +74,10 @@ fn rename_file(file: &mut OpenFile, name: &dyn Fn(Pid) -> Pid) {
     }
     match &mut file.kind {
         FileKind::Pidfd(pidfd) => pidfd.pid = name(pidfd.pid),
+        FileKind::Terminal(Terminal::Master(master)) => {
+            master.session = name(master.session);
+            master.foreground = name(master.foreground);
+        }
         FileKind::UnixSocket(socket) => {
             if let Some(peer) = &mut socket.peer {
                 peer.pid = name(peer.pid);

@@ -254,7 +254,7 @@ fn begin_sessions(tree: &mut SkeletonTree, image: &Image) -> Result<(), RestoreE
         let mut batch = Batch::new();
         batch.call(Sysno::setsid, args![]);
         tree.target(process).run(&batch).map_err(target_failed(pid))?;
-        terminals::take_controlling(tree.target(process), image)?;
+        terminals::take_controlling(tree.target(process), pid, image)?;
         tree.in_session[process] = true;
     }
     Ok(())

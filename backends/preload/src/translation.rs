@@ -445,3 +445,68 @@ pub fn is_c_library(name: &[u8]) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_id_means_two_tasks() {
+        // 100 became 200, 200 became 300; 100 and 300 are strangers' now.
+        let words = [2, 100 << 32 | 200, 200 << 32 | 300, 200 << 32 | 100, 300 << 32 | 200];
+        let table = Table::from_words(&words).unwrap();
+        let all = [(100, 200), (200, 300), (STEP + 100, 100), (7, 7)];
+        for (id, real) in all {
+            assert_eq!((table.to_real(id), table.to_virtual(real)), (real, id));
+        }
+        assert_eq!(table.to_real(300), NOBODY, "a member is not reached by its real id");
+        assert_eq!((table.argument(-100), table.result(-300)), (-200, -200));
+        assert_eq!((table.argument(0), table.argument(-1)), (0, -1));
+    }
+
+    fn patched(code: &[u8]) -> (Vec<u8>, Vec<u8>, Patched) {
+        let (mut code, mut room) = (code.to_vec(), vec![0; 256]);
+        code.resize(code.len().max(64), 0xcc);
+        let mut stubs = Stubs { address: 0x2000, room: &mut room, used: 0, entry: 0x3000, cloned: 0x3100 };
+        let patched = patch(&mut code, 0x1000, &mut stubs);
+        (code, room, patched)
+    }
+
+    #[test]
+    fn calls_that_bear_ids_are_led_away_and_no_others() {
+        // mov $39, %eax; syscall; ret
+        let (code, room, found) = patched(&[0xb8, 39, 0, 0, 0, 0x0f, 0x05, 0xc3]);
+        assert_eq!(
+            (found, &code[..8]),
+            (Patched { calls: 1, left: 0 }, &[0xe9, 0xfb, 0x0f, 0, 0, 0xeb, 0xf9, 0xc3][..])
+        );
+        assert_eq!(room[..5], [0xb8, 39, 0, 0, 0]);
+        // getuid; and two bytes that are part of something else
+        for code in [&[0xb8, 102, 0, 0, 0, 0x0f, 0x05, 0xc3][..], &[0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x05, 0x90]] {
+            assert_eq!(patched(code).2, Patched::default());
+        }
+        // tgkill, with mov 16(%r8), %esi between
+        let code = [0xb8, 234, 0, 0, 0, 0x41, 0x8b, 0x70, 0x10, 0x0f, 0x05, 0x3d, 0, 0xf0, 0xff, 0xff];
+        let (code, room, found) = patched(&code);
+        assert_eq!((found.calls, code[0]), (1, 0xe9));
+        assert_eq!(room[..9], [0x41, 0x8b, 0x70, 0x10, 0xb8, 234, 0, 0, 0]);
+    }
+
+    /// What is left in the C library of this host is a thread's or a lock's, not an id's.
+    #[test]
+    fn the_c_library_of_this_host_is_known() {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let library = maps.lines().find(|line| line.contains("r-xp") && line.contains("/libc.so.6")).unwrap();
+        let (range, _) = library.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
+        // SAFETY: mapped and readable, as the kernel has just said.
+        let code = unsafe { std::slice::from_raw_parts(start as *const u8, (end - start) as usize) };
+        let (mut code, mut room) = (code.to_vec(), vec![0; 32 * 1024]);
+        let address = end + 4096;
+        let mut stubs = Stubs { address, room: &mut room, used: 0, entry: address, cloned: address };
+        let found = patch(&mut code, start, &mut stubs);
+        assert!(found.calls > 100, "{found:?}");
+        assert!(found.left < 16, "{found:?}");
+    }
+}

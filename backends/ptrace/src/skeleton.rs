@@ -308,7 +308,7 @@ fn spawn_descendants(
         tree.target(parent).run(&batch).map_err(target_failed(task.pid))?;
     }
     if task.sid == task.pid {
-        terminals::take_controlling(tree.target(parent), image)?;
+        terminals::take_controlling(tree.target(parent), task.pid, image)?;
     }
     let late: Vec<Pid> = children(image, task.pid).map(|task| task.pid).filter(|pid| !early.contains(pid)).collect();
     spawn_children(tree, image, layout, parent, &late)?;

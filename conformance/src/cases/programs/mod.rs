@@ -26,7 +26,8 @@ pub fn cases() -> Vec<Case> {
             "programs/nginx",
             &["epoll", "eventfd", "files", "inet_sockets", "memory", "tasks", "unix_sockets"],
             nginx::program(),
-        ),
+        )
+        .real_ids("it is ended from outside, by the id in its pid file"),
         Case::program("programs/node", RESOURCES, script(node, &[("/usr/bin/node", "nodejs")])),
         Case::program(
             "programs/numpy",

@@ -295,10 +295,12 @@ fn masters(image: &Image) -> impl Iterator<Item = (FileId, i32, &Master)> {
 
 /// Gives a new session its controlling terminal, if it had one: right after its leader, this process, has begun it, and before
 /// that has any child in it. The master stays open in the process, above all numbers of the program, until the descriptors
-/// are rebuilt.
-pub fn take_controlling(target: &mut dyn Target, image: &Image) -> Result<(), RestoreError> {
+/// are rebuilt. The image calls the session by a name that may not be the kernel's.
+pub fn take_controlling(target: &mut dyn Target, session: Pid, image: &Image) -> Result<(), RestoreError> {
     let pid = target.pid();
-    let Some((_, flags, saved)) = masters(image).find(|(_, _, master)| master.session == pid) else { return Ok(()) };
+    let Some((_, flags, saved)) = masters(image).find(|(_, _, master)| master.session == session) else {
+        return Ok(());
+    };
     let master = open(target, saved, flags)?;
     let mut batch = Batch::new();
     let slave = batch.call(Sysno::ioctl, args![master, TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC]);
