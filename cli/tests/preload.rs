@@ -281,6 +281,31 @@ fn a_thread_that_blocks_every_signal_is_named() {
     run(&mut dump).assert_done();
 }
 
+/// The thread that the C library starts for a SIGEV_THREAD timer waits for the signal that is the shim's, too.
+const TIMES_BY_THREAD: &str = r#"
+import ctypes, struct, time
+libc = ctypes.CDLL(None)
+begun = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda value: None)
+# struct sigevent: value, signal, SIGEV_THREAD, function, attributes
+event = struct.pack("qiiQQ", 0, 0, 2, ctypes.cast(begun, ctypes.c_void_p).value, 0) + bytes(64)
+timer = ctypes.c_void_p()
+assert libc.timer_create(1, event, ctypes.byref(timer)) == 0
+print("timed", flush=True)
+while True:
+    time.sleep(0.001)
+"#;
+
+#[test]
+fn a_thread_that_takes_the_signal_itself_is_named() {
+    let workshop = Workshop::new();
+    let root = start_python(&workshop, TIMES_BY_THREAD);
+    says(&workshop, "timed");
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
+    run(&mut dump).assert_error(REFUSED, &["timers", &pid, "SIGEV_THREAD", "--backend ptrace"]);
+    workshop.assert_no_image();
+}
+
 /// posix_spawn waits for its child in the kernel, without a signal being able to change that.
 const HANGS: &str = r#"
 import os, time

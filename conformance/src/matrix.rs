@@ -290,11 +290,12 @@ mod tests {
         let cases = [case("a/1", &["tasks"]), case("a/2", &["tasks"]).privileged("it is root's")];
         let (cells, _) = generate(&cases, &[&EASY], &host);
         let found: Vec<_> = cells.iter().map(|cell| (cell.case.name, cell.way.name())).collect();
-        let ways = ["easy+running", "easy@nobody", "easy+easy"].map(String::from);
+        let ways = ["easy+running", "easy@taken", "easy@nobody", "easy+easy"].map(String::from);
         let expected: Vec<_> =
             ["a/1", "a/2"].into_iter().flat_map(|case| ways.clone().map(|way| (case, way))).collect();
         assert_eq!(found, expected);
-        assert_eq!(cells[4].todo, Todo::Cannot("easy as an ordinary user: it is root's".into()));
+        assert_eq!(cells[5].todo, cells[6].todo);
+        assert_eq!(cells[6].todo, Todo::Cannot("easy as an ordinary user: it is root's".into()));
     }
 
     #[test]

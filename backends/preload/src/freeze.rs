@@ -489,6 +489,20 @@ impl Meeting {
             let why = format!("thread {tid} blocks every signal, that of the shim ({SIGNAL}) as well");
             return refusal(pid, "tasks", &why, "try again when it lets them in, or use --backend ptrace");
         }
+        let takes_it = |tid: &i32| {
+            let text = process.proc.text(format!("task/{tid}/syscall"));
+            text.ok().and_then(|text| Call::parse(&text)).is_some_and(|call| call.number == libc::SYS_rt_sigtimedwait)
+        };
+        let threads = process.proc.numbers("task").unwrap_or_default();
+        if state != 'D'
+            && let Some(taker) = threads.iter().find(|tid| takes_it(tid))
+        {
+            let why = format!(
+                "thread {taker} waits for signals and takes that of the shim ({SIGNAL}) itself, as the C library's thread \
+                 for timers with SIGEV_THREAD does"
+            );
+            return refusal(pid, "timers", &why, "use --backend ptrace");
+        }
         DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state }
     }
 }
