@@ -164,8 +164,8 @@ fn is_caught(row: &Row) -> Result<(), String> {
 }
 
 fn registered() -> Result<(), String> {
-    let mut expected: Vec<&str> =
-        ROWS.iter().map(|row| row.backend).chain(["preload", "ptrace", "userfault", "userfault-by-fault"]).collect();
+    let true_ones = ["preload", "ptrace", "userfault", "userfault-by-fault", "userfault-from-server"];
+    let mut expected: Vec<&str> = ROWS.iter().map(|row| row.backend).chain(true_ones).collect();
     expected.sort_unstable();
     let found: Vec<&str> = registry::backends().iter().map(|backend| backend.name).collect();
     if expected == found { Ok(()) } else { Err(format!("expected {expected:?}, found {found:?}")) }
