@@ -61,6 +61,13 @@ impl Child {
     }
 }
 
+/// Makes a sign that another process waits for. It is there at once, and no descriptor was open for it that a look at the
+/// tree could find.
+pub fn make_sign(path: impl AsRef<std::path::Path>) -> Result<(), String> {
+    let path = path.as_ref();
+    std::fs::create_dir(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
 /// Waits up to ten seconds until something is so.
 pub fn eventually(what: &str, mut so: impl FnMut() -> bool) -> Result<(), String> {
     let begin = std::time::Instant::now();

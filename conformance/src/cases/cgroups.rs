@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::case::{Case, Checkpoint};
-use crate::expect::{equal, in_child};
+use crate::expect::{equal, in_child, make_sign};
 
 pub fn cases() -> Vec<Case> {
     let cgroups = &["cgroups", "tasks"];
@@ -111,7 +111,7 @@ fn members(checkpoint: &Checkpoint) -> Result<(), String> {
         let grandchild = in_child(|| {
             hierarchies.iter().try_for_each(|place| join(place))?;
             let before = own()?;
-            fs::write(&joined, "").map_err(|error| error.to_string())?;
+            make_sign(&joined)?;
             stay(before)
         })?;
         stay(before)?;

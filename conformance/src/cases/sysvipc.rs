@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::case::{Case, Checkpoint};
-use crate::expect::{Child, done, equal, eventually, in_child, that};
+use crate::expect::{Child, done, equal, eventually, in_child, make_sign, that};
 
 /// Objects outlive the tree, and the kernel tells who used them last by real ids, which strangers have now.
 const KEPT: &str = "what is still there was used by ids that are others' now";
@@ -163,7 +163,7 @@ fn segments(checkpoint: &Checkpoint) -> Verdict {
     let (changed, seen, attached_too) = (dir.join("changed"), dir.join("seen"), dir.join("attached-too"));
     let child = in_child(|| {
         let memory = attached(with_key, libc::SHM_RDONLY)?;
-        std::fs::write(&attached_too, "").map_err(|error| error.to_string())?;
+        make_sign(&attached_too)?;
         let begin = std::time::Instant::now();
         while !changed.exists() {
             that("the parent goes on", begin.elapsed().as_secs() < 300)?;
@@ -174,7 +174,7 @@ fn segments(checkpoint: &Checkpoint) -> Verdict {
         let made_writable = unsafe { libc::mprotect(memory.as_mut_ptr().cast(), 4096, libc::PROT_WRITE) };
         equal("making an attachment for reading writable", -1, made_writable)?;
         sparse[0] = 0xcd;
-        std::fs::write(&seen, "").map_err(|error| error.to_string())
+        make_sign(&seen)
     })?;
     eventually("the child has attached it", || attached_too.exists())?;
     let nattch = status(with_key)?.shm_nattch;
@@ -192,7 +192,7 @@ fn segments(checkpoint: &Checkpoint) -> Verdict {
     // SAFETY: takes numbers.
     equal("the id of the key", with_key, unsafe { libc::shmget(KEY, SIZE, 0) })?;
     memory[5] = 0xab;
-    std::fs::write(&changed, "").map_err(|error| error.to_string())?;
+    make_sign(&changed)?;
     eventually("the child has seen it", || seen.exists())?;
     equal("what the child wrote", 0xcd, sparse[0])?;
     equal("what was written at the first place", 0xab, again[5])?;
@@ -245,7 +245,7 @@ fn elsewhere(checkpoint: &Checkpoint, then: impl FnOnce(&dyn Fn() -> Verdict) ->
     let ready = checkpoint.dir().join("elsewhere");
     let middle = in_child(|| {
         // Its own child, which is nobody's when this one has ended.
-        in_child(|| then(&|| std::fs::write(&ready, "").map_err(|error| error.to_string())))?;
+        in_child(|| then(&|| make_sign(&ready)))?;
         Ok(())
     })?;
     middle.passed()?;
@@ -316,7 +316,7 @@ fn semaphores(checkpoint: &Checkpoint) -> Verdict {
     let (go, done_it) = (checkpoint.dir().join("go-on"), checkpoint.dir().join("operated"));
     let child = in_child(|| {
         operate(some, &[(2, -7, 0)])?;
-        std::fs::write(&done_it, "").map_err(|error| error.to_string())?;
+        make_sign(&done_it)?;
         let begin = std::time::Instant::now();
         while !go.exists() {
             that("the parent goes on", begin.elapsed().as_secs() < 300)?;
@@ -333,7 +333,7 @@ fn semaphores(checkpoint: &Checkpoint) -> Verdict {
     that("there was a semop", operated(some)? != 0)?;
     // SAFETY: takes numbers.
     equal("the id of the key", some, unsafe { libc::semget(KEY, 0, 0) })?;
-    std::fs::write(&go, "").map_err(|error| error.to_string())?;
+    make_sign(&go)?;
     child.passed()?;
     equal("what the child did", 1, values(some, 1)[0])?;
     remove_all(checkpoint.dir());
@@ -360,7 +360,7 @@ fn undo(checkpoint: &Checkpoint) -> Verdict {
     let child = in_child(|| {
         operate(id, &operations)?;
         operate(id, &[(0, 1, libc::SEM_UNDO)])?;
-        std::fs::write(&done_it, "").map_err(|error| error.to_string())?;
+        make_sign(&done_it)?;
         let begin = std::time::Instant::now();
         while !go.exists() {
             that("the parent goes on", begin.elapsed().as_secs() < 300)?;
@@ -372,7 +372,7 @@ fn undo(checkpoint: &Checkpoint) -> Verdict {
     operate(id, &[(0, -1, libc::SEM_UNDO), (3, -1, 0)])?;
     checkpoint.wait()?;
     equal("the values while both live", vec![6, 3, 0, 0, 0], values(id, 5))?;
-    std::fs::write(&go, "").map_err(|error| error.to_string())?;
+    make_sign(&go)?;
     child.passed()?;
     equal("the values when the child has ended", vec![9, 0, 30000, 0, 32767], values(id, 5))?;
     // What this process has to undo: a grandchild cannot look after its end, so the adjustment is made to show itself. It

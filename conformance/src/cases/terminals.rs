@@ -13,7 +13,7 @@ use nix::sys::termios::{LocalFlags, SetArg, SpecialCharacterIndices, tcgetattr, 
 use nix::unistd::Pid;
 
 use crate::case::{Case, Checkpoint};
-use crate::expect::{done, equal, eventually, in_child, that};
+use crate::expect::{done, equal, eventually, in_child, make_sign, that};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -170,7 +170,7 @@ fn session(checkpoint: &Checkpoint) -> Verdict {
             nix::unistd::tcsetpgrp(&slave, group).map_err(failed("tcsetpgrp"))?;
             let interrupt = SigSet::from(Signal::SIGINT);
             interrupt.thread_block().map_err(failed("sigprocmask"))?;
-            std::fs::write(&begun, "").map_err(failed("write"))?;
+            make_sign(&begun)?;
             equal("the signal", Signal::SIGINT, interrupt.wait().map_err(failed("sigwait"))?)?;
             let stat = std::fs::read_to_string("/proc/self/stat").map_err(failed("stat"))?;
             equal("the job's controlling terminal", &number, &terminal(&stat))?;
@@ -178,7 +178,7 @@ fn session(checkpoint: &Checkpoint) -> Verdict {
             let mut terminal =
                 OpenOptions::new().read(true).write(true).open("/dev/tty").map_err(failed("/dev/tty"))?;
             terminal.write_all(b"interrupted\n").map_err(failed("write"))?;
-            std::fs::write(&interrupted, "").map_err(failed("write"))
+            make_sign(&interrupted)
         })?;
         job.passed()?;
         let stat = std::fs::read_to_string("/proc/self/stat").map_err(failed("stat"))?;
@@ -265,7 +265,7 @@ fn master_elsewhere(checkpoint: &Checkpoint) -> Verdict {
     let holder = checkpoint.dir().join("holder");
     in_child(|| {
         in_child(|| {
-            std::fs::write(&holder, "").map_err(failed("write"))?;
+            make_sign(&holder)?;
             let result = checkpoint.wait_for_go();
             drop(master.try_clone());
             result
@@ -282,13 +282,13 @@ fn master_elsewhere(checkpoint: &Checkpoint) -> Verdict {
         done("TIOCSCTTY", unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) })?;
         // SAFETY: none of these is used.
         (0..100).for_each(|fd| _ = unsafe { libc::close(fd) });
-        std::fs::write(&begun, "").map_err(failed("write"))?;
+        make_sign(&begun)?;
         eventually("the end", || end.exists())
     })?;
     drop(slave);
     eventually("the session has begun", || begun.exists())?;
     checkpoint.wait()?;
-    std::fs::write(end, "").map_err(failed("write"))?;
+    make_sign(end)?;
     // It may have been told by SIGHUP that the other process has gone.
     let mut status = 0;
     // SAFETY: waits for our own child.

@@ -10,7 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
 use crate::case::{Case, Checkpoint};
-use crate::expect::{done, equal, eventually, in_child, that};
+use crate::expect::{done, equal, eventually, in_child, make_sign, that};
 
 pub fn cases() -> Vec<Case> {
     const SECTIONS: &[&str] = &["unix_sockets"];
@@ -314,7 +314,7 @@ fn peer_credentials(checkpoint: &Checkpoint) -> Verdict {
         let client = UnixStream::connect(&path).map_err(failed("connect"))?;
         pass(&client, client.as_raw_fd())?;
         drop(client);
-        fs::write(&passed, "").map_err(failed("write"))?;
+        make_sign(&passed)?;
         checkpoint.wait_for_go()
     })?;
     let (server, _) = listener.accept().map_err(failed("accept"))?;
