@@ -68,10 +68,11 @@ impl Visible {
         Visible(facts.facts)
     }
 
-    /// Only what a program that goes on working does not change: no signal masks, no positions of files, none of the
-    /// files of `/proc` that it has a look into, and of its mappings only what has a name.
+    /// Only what a program that goes on working does not change: no signal masks, no signals with handlers (a shell has
+    /// more of them while it reads), no positions of files, none of the files of `/proc` that it has a look into, and of
+    /// its mappings only what has a name.
     pub fn coarse(self) -> Visible {
-        let changing = ["SigPnd", "ShdPnd", "SigBlk", "timers"];
+        let changing = ["SigPnd", "ShdPnd", "SigBlk", "SigCgt", "timers"];
         let facts = self.0.into_iter().filter_map(|((pid, what), how)| {
             if changing.iter().any(|end| what.ends_with(end)) {
                 None
@@ -313,6 +314,7 @@ mod tests {
             fact("mapping 3000-4000", "r-xp 08:01 5 /a b at 0x0"),
             fact("descriptor 3", "/a b at 5, flags 02"),
             fact("thread 7 SigBlk", "0"),
+            fact("SigCgt", "10000"),
             fact("parent", "1"),
         ]));
         let coarse =
