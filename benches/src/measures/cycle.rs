@@ -147,7 +147,7 @@ fn keep_running(
     std::fs::remove_dir_all(&image).map_err(|error| format!("{}: {error}", image.display()))
 }
 
-/// Saves it. What is refused with the advice to try again is tried again, three times; that is counted, and a row has it.
+/// Saves it. What is refused with the advice to try again is tried again, nine times; that is counted, and a row has it.
 fn dump(
     tool: &dyn Tool,
     root: i32,
@@ -161,7 +161,7 @@ fn dump(
     let mut refused = 0;
     loop {
         match run(tool, tool.dump(root, image, leave_running)?, what, place, timeout) {
-            Err(why) if refused < 3 && why.contains("try again") => refused += 1,
+            Err(why) if refused < 9 && why.contains("try again") => refused += 1,
             result => {
                 if refused > 0 {
                     samples.add("refused-at-first", Unit::Count, f64::from(refused));
