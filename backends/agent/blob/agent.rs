@@ -272,10 +272,11 @@ unsafe fn leave(lane: *mut Lane) -> ! {
             }
             n += 1;
         }
-        // The region goes last: not before every other thread has said, from outside of it, that it is out. One that was
-        // just being sent in or taken out may never say so: then the region stays.
+        // The region goes last: not before every other thread has said, from outside of it, that it is out. In a skeleton
+        // all do, if only when they get a processor. In a frozen target, one that was just being sent in or taken out may
+        // never say so: then the region stays.
         let pause = [0u64, 200_000];
-        let mut patience = 500;
+        let mut patience = if skeleton { 50_000 } else { 500 };
         n = 0;
         while n < (*lane).thread_count {
             let thread = ((*lane).threads + n * (*lane).thread_stride) as *mut Lane;

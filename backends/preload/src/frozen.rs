@@ -906,9 +906,9 @@ const ALL_BLOCKED: u64 = !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1));
 
 /// Waits until processes are out of our hands, so that whoever looks at them now sees them as they are.
 ///
-/// It does not depend on us any more, and takes a moment; what takes longer than a second is not waited for.
+/// It does not depend on us any more, and takes a moment, on a busy machine a longer one; it is not waited for without end.
 pub fn wait_until_left(all: &[Leaving]) {
-    let deadline = Instant::now() + Duration::from_secs(1);
+    let deadline = Instant::now() + Duration::from_secs(10);
     for leaving in all {
         let Ok(proc) = ProcDir::open(leaving.pid) else { continue };
         let start = format!("{:x}-", leaving.base);
