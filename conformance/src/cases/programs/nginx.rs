@@ -17,7 +17,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const REQUESTS: usize = 50;
 
 pub fn program() -> Program {
-    let needs = &[(SERVER, "nginx-light")];
+    let needs = &[(SERVER, "nginx-light"), ("/usr/bin/ss", "iproute2")];
     Program { command, needs, clients: Some(Clients { prepare, before_dump, after_restore, finish }) }
 }
 
@@ -100,8 +100,17 @@ fn prepare(_dir: &Path) -> Result<(), String> {
     use_it()
 }
 
+/// Bytes that wait in the Unix sockets of the tree: the master tells each worker of the next, in its own time.
+fn unread() -> usize {
+    // Type, state, and the bytes to be received.
+    let listed = Command::new("ss").args(["-xaH"]).output().map(|output| output.stdout).unwrap_or_default();
+    let listed = String::from_utf8_lossy(&listed);
+    listed.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<usize>().ok()).sum()
+}
+
 fn before_dump(_dir: &Path, _round: usize) -> Result<(), String> {
-    wait_for("the connections to end", || connections() == 0)
+    wait_for("the connections to end", || connections() == 0)?;
+    wait_for("the workers to read what the master told them", || unread() == 0)
 }
 
 fn after_restore(_dir: &Path, _round: usize) -> Result<(), String> {
