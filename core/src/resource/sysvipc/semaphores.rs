@@ -3,6 +3,8 @@
 //! own. So the process is had to ask for operations that lower it by a known sum, leave the value as it is, and end in one
 //! that cannot be: it fails either way, nothing has happened, and the error tells whether `semadj` is below a bound.
 
+use std::ops::Range;
+
 use super::{Belongs, Collector, IPC_NOWAIT, Kind, Listed, NAME, Rebuilder, Semaphore, SemaphoreSet, Undo, Wanted};
 use crate::args;
 use crate::batch::{Arg, Batch, CallId, Slot, Sysno};
@@ -123,6 +125,12 @@ fn semctl(batch: &mut Batch, id: i32, number: usize, command: i32, argument: imp
     batch.try_call(Sysno::semctl, &[id.into(), number.into(), command.into(), argument.into()])
 }
 
+/// Who used some semaphores last, and how many wait for each to grow and to be zero.
+fn ask_use(batch: &mut Batch, id: i32, numbers: Range<usize>) -> Vec<[CallId; 3]> {
+    let commands = [GETPID, GETNCNT, GETZCNT];
+    numbers.map(|number| commands.map(|command| semctl(batch, id, number, command, RemotePtr(0)))).collect()
+}
+
 /// Values, last processes, and whether anybody waits.
 struct Look {
     semaphores: Vec<Semaphore>,
@@ -142,11 +150,7 @@ fn look(collector: &mut Collector<'_>, id: i32, count: usize) -> Result<Option<L
     look.semaphores.extend(values.map(|value| Semaphore { value, last: Pid(0) }));
     for first in (0..count).step_by(AT_ONCE) {
         let mut batch = Batch::new();
-        let asked: Vec<[CallId; 3]> = (first..count.min(first + AT_ONCE))
-            .map(|number| {
-                [GETPID, GETNCNT, GETZCNT].map(|command| semctl(&mut batch, id, number, command, RemotePtr(0)))
-            })
-            .collect();
+        let asked = ask_use(&mut batch, id, first..count.min(first + AT_ONCE));
         let Some(replies) = collector.run_where_permitted(&batch, |replies| replies.result(asked[0][0]).is_err())?
         else {
             return Ok(None);
@@ -311,11 +315,7 @@ fn run_all(
 fn refuse_used(rebuilder: &mut Rebuilder<'_>, id: i32, count: usize) -> Result<(), RestoreError> {
     for first in (0..count).step_by(AT_ONCE) {
         let mut batch = Batch::new();
-        let asked: Vec<[CallId; 3]> = (first..count.min(first + AT_ONCE))
-            .map(|number| {
-                [GETPID, GETNCNT, GETZCNT].map(|command| semctl(&mut batch, id, number, command, RemotePtr(0)))
-            })
-            .collect();
+        let asked = ask_use(&mut batch, id, first..count.min(first + AT_ONCE));
         let replies = rebuilder.run(0, &batch)?;
         for [last, more, zero] in asked {
             let last = Pid(replies.result(last).unwrap_or(0) as i32);
