@@ -71,7 +71,8 @@ impl Resource for Fifos {
         if first != context.id {
             return Ok(Fifo { path, identity, first, buffer: None, hangup });
         }
-        let holders = pipes::outside_holders(context, None);
+        let census = context.census;
+        let holders = census.strangers.holders(context.targets, &census.seen, &seen.link, None);
         if !holders.is_empty() {
             context.refuse(
                 format!("it is also open in processes outside of the tree: {}", holders.join(", ")),

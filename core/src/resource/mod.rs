@@ -26,6 +26,7 @@ pub mod scheduling;
 pub mod signalfd;
 pub mod signals;
 pub mod sockets;
+pub mod strangers;
 pub mod sysvipc;
 pub mod tasks;
 pub mod terminals;

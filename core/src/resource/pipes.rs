@@ -17,7 +17,7 @@ use nix::sys::stat::Mode;
 
 use crate::error::{DumpError, RestoreError};
 use crate::procfs::ProcDir;
-use crate::resource::descriptors::{CollectFile, FdInfo, FileId, FileKind, FileResource, OfFile, RebuildFile, Seen};
+use crate::resource::descriptors::{CollectFile, FileId, FileKind, FileResource, OfFile, RebuildFile, Seen};
 use crate::resource::{Check, Resource};
 use crate::target::Pid;
 
@@ -172,23 +172,15 @@ fn refuse_outside_ends(ends: &[FileId], context: &mut CollectFile<'_>) -> Result
     if other_side {
         let side = if reader { "write" } else { "read" };
         let wanted = if reader { libc::O_WRONLY } else { libc::O_RDONLY };
-        let holders = outside_holders(context, Some(wanted));
+        let holders = census.strangers.holders(context.targets, &census.seen, &context.seen.link, Some(wanted));
         refuse_holders(side, &holders, context);
     }
     Ok(())
 }
 
 fn refuse_ancestors(context: &mut CollectFile<'_>) -> Result<(), DumpError> {
-    let link = context.seen.link.clone();
-    let mut pid = context.targets[0].proc().stat_line().map_or(Pid(0), |stat| stat.ppid);
-    let mut holders = Vec::new();
-    while pid.0 > 0 {
-        let Ok(proc) = ProcDir::open(pid) else { break };
-        if holds(&proc, &link, None) {
-            holders.push(name_of(&proc));
-        }
-        pid = proc.stat_line().map_or(Pid(0), |stat| stat.ppid);
-    }
+    let census = context.census;
+    let holders = census.strangers.ancestors(context.targets, &census.seen, &context.seen.link);
     if !holders.is_empty() {
         refuse_holders("other", &holders, context);
     }
@@ -218,42 +210,6 @@ fn events(fd: BorrowedFd<'_>, wanted: PollFlags) -> PollFlags {
         Ok(_) => list[0].revents().unwrap_or(PollFlags::empty()),
         Err(_) => PollFlags::empty(),
     }
-}
-
-/// The processes outside of the tree, other than ckpt, that have a descriptor with the same link, and this access mode
-/// if one is wanted: `12 (cat)`.
-pub(super) fn outside_holders(context: &CollectFile<'_>, access: Option<i32>) -> Vec<String> {
-    let mut holders = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(Pid) else {
-            continue;
-        };
-        if pid.0 as u32 == std::process::id() || context.targets.iter().any(|target| target.pid() == pid) {
-            continue;
-        }
-        if let Ok(proc) = ProcDir::open(pid)
-            && holds(&proc, &context.seen.link, access)
-        {
-            holders.push(name_of(&proc));
-        }
-    }
-    holders
-}
-
-fn holds(proc: &ProcDir, link: &std::ffi::OsStr, access: Option<i32>) -> bool {
-    let has_mode = |fd: i32, wanted: i32| {
-        let info = proc.text(format!("fdinfo/{fd}")).ok().and_then(|text| FdInfo::parse(&text));
-        // If it cannot be read, it may be.
-        info.is_none_or(|info| [wanted, libc::O_RDWR].contains(&(info.flags & libc::O_ACCMODE)))
-    };
-    let numbers = proc.numbers("fd").unwrap_or_default();
-    let mut same = numbers.into_iter().filter(|fd| proc.link(format!("fd/{fd}")).is_ok_and(|found| found == link));
-    same.any(|fd| access.is_none_or(|wanted| has_mode(fd, wanted)))
-}
-
-fn name_of(proc: &ProcDir) -> String {
-    let name = proc.text("comm").unwrap_or_default();
-    format!("{} ({})", proc.pid(), name.trim_end())
 }
 
 /// Another open file description of what a descriptor of ours leads to.

@@ -20,6 +20,7 @@ use crate::backend::DumpOptions;
 use crate::batch::{Batch, Replies, Sysno};
 use crate::error::{DumpError, Refusal};
 use crate::image::Zombie;
+use crate::resource::strangers::Strangers;
 use crate::resource::{memory, sockets};
 use crate::store::ImageWriter;
 use crate::target::{Kcmp, Pid, RemoteFd, Target, TargetError};
@@ -37,6 +38,8 @@ pub struct Census {
     pub inodes: HashMap<(u64, u64), Vec<FileId>>,
     /// (process, descriptor, what follows `lock:` in its fdinfo): the POSIX locks of a process are shown to it only.
     pub locks: Vec<(usize, i32, String)>,
+    /// Who else has the pipes and FIFOs.
+    pub strangers: Strangers,
     /// The type of file system of each device that was asked for.
     filesystems: RefCell<HashMap<u64, FsType>>,
 }
