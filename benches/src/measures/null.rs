@@ -1,6 +1,7 @@
 //! What the driver itself adds: the same command, run by it and run bare, in turn.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -44,25 +45,27 @@ pub fn measure(place: &Path, timeout: Duration) -> Result<Null, String> {
     })
 }
 
-/// `posix_spawn` and `waitpid`, and nothing else.
+/// `posix_spawn` and `waitpid`, and nothing else. The environment is the same: what a command makes of it is not the driver's.
 fn run_bare(own: &Path) -> Result<Duration, String> {
-    use std::os::unix::ffi::OsStrExt;
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|error| error.to_string());
     let words = [text(own.as_os_str().as_bytes())?, text(b"call")?, text(b"spin")?, text(b"4")?];
-    let list: Vec<*mut libc::c_char> =
-        words.iter().map(|word| word.as_ptr().cast_mut()).chain([std::ptr::null_mut()]).collect();
+    let variable = |(name, value): (OsString, OsString)| text(&[name.as_bytes(), b"=", value.as_bytes()].concat());
+    let environment = std::env::vars_os().map(variable).collect::<Result<Vec<_>, _>>()?;
+    let pointers = |texts: &[CString]| -> Vec<*mut libc::c_char> {
+        texts.iter().map(|text| text.as_ptr().cast_mut()).chain([std::ptr::null_mut()]).collect()
+    };
+    let (list, environment_list) = (pointers(&words), pointers(&environment));
     let mut pid = 0;
     let begun = Instant::now();
-    // SAFETY: the list ends with a null, its texts live for the calls, and the child gets an empty environment.
+    // SAFETY: both lists end with a null, and their texts live for the calls.
     let status = unsafe {
-        let environment = [std::ptr::null_mut()];
         let result = libc::posix_spawn(
             &mut pid,
             list[0],
             std::ptr::null(),
             std::ptr::null(),
             list.as_ptr(),
-            environment.as_ptr(),
+            environment_list.as_ptr(),
         );
         if result != 0 {
             return Err(format!("posix_spawn: {}", std::io::Error::from_raw_os_error(result)));
