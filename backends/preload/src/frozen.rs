@@ -12,7 +12,8 @@
 
 use std::any::Any;
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -357,13 +358,29 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<Box<dyn Frozen>, DumpE
         }));
     }
     let mut refusals = Vec::new();
+    let tables = tables(&mut tree);
     for target in tree.each() {
-        target.examine(&mut refusals).map_err(|source| {
+        target.examine(&tables, &mut refusals).map_err(|source| {
             let pid = target.tids[0];
             DumpError::Target { resource: "tasks", pid, source }
         })?;
     }
     if refusals.is_empty() { Ok(Box::new(tree)) } else { Err(DumpError::Unsupported(refusals)) }
+}
+
+/// The processes, by index, in whose descriptor table an agent's socket is, by its link.
+type Tables = HashMap<OsString, Vec<usize>>;
+
+/// Looks in every process at the numbers that agents' sockets have somewhere.
+fn tables(tree: &mut FrozenTree) -> Tables {
+    let numbers: BTreeSet<i32> = tree.each().map(|target| target.socket.0).collect();
+    let mut tables = Tables::new();
+    for (index, target) in tree.each().enumerate() {
+        for link in numbers.iter().filter_map(|number| target.process.proc.link(format!("fd/{number}")).ok()) {
+            tables.entry(link).or_default().push(index);
+        }
+    }
+    tables
 }
 
 /// How a saved frame keeps its own facts about the xsave area (`struct _fpx_sw_bytes`).
@@ -380,9 +397,10 @@ impl FrozenTarget {
     }
 
     /// What of the sharing of kernel state is not supported, so that [`compare`](Target::compare) needs to know no more.
-    fn examine(&self, refusals: &mut Vec<Refusal>) -> Result<(), TargetError> {
+    /// Of two processes, the later is told of the earlier.
+    fn examine(&self, tables: &Tables, refusals: &mut Vec<Refusal>) -> Result<(), TargetError> {
         let pid = self.tids[0];
-        let mut refuse = |subject: String, why: String, help: &str| {
+        let mut refuse = |pid: Pid, subject: String, why: String, help: &str| {
             refusals.push(Refusal { resource: "tasks", pid: Some(pid), subject, why, help: help.to_string() });
         };
         let socket = format!("fd/{}", self.socket);
@@ -390,27 +408,27 @@ impl FrozenTarget {
         for tid in &self.tids[1..] {
             if self.process.proc.link(format!("task/{tid}/{socket}")).ok().as_ref() != Some(&ours) {
                 let why = "it does not share the descriptor table with its process, which is not supported";
-                refuse(format!("thread {tid}"), why.into(), "have the thread not call unshare");
+                refuse(pid, format!("thread {tid}"), why.into(), "have the thread not call unshare");
             }
         }
-        let others: Vec<Pid> = self.agents.pids.iter().copied().filter(|&other| other != pid).collect();
-        for other in &others {
-            if std::fs::read_link(format!("/proc/{other}/{socket}")).is_ok_and(|link| link.as_os_str() == ours) {
-                let why = format!("it shares the descriptor table with process {other}, which is not supported");
-                refuse(String::new(), why, "have the program use fork, not clone(CLONE_FILES)");
-            }
+        let seen_in = tables.get(&ours).map_or(&[][..], Vec::as_slice);
+        for &other in seen_in.iter().filter(|&&other| other > self.index) {
+            let why = format!("it shares the descriptor table with process {pid}, which is not supported");
+            let help = "have the program use fork, not clone(CLONE_FILES)";
+            refuse(self.agents.pids[other], String::new(), why, help);
         }
-        let asked: Vec<Pid> = self.tids[1..].iter().chain(&others).copied().collect();
-        for asked in asked.chunks(60) {
-            for (who, shares) in asked.iter().zip(self.shares_umask(asked)?) {
-                let is_thread = self.tids.contains(who);
+        let later = &self.agents.pids[self.index + 1..];
+        let asked: Vec<Pid> = self.tids[1..].iter().chain(later).copied().collect();
+        for asked in asked.chunks(120) {
+            for (&who, shares) in asked.iter().zip(self.shares_umask(asked)?) {
+                let is_thread = self.tids.contains(&who);
                 if is_thread && !shares {
                     let why = "it does not share root, current directory and umask with its process";
-                    refuse(format!("thread {who}"), why.into(), "have the thread not call unshare");
+                    refuse(pid, format!("thread {who}"), why.into(), "have the thread not call unshare");
                 }
                 if !is_thread && shares {
-                    let why = format!("it shares root, current directory and umask with process {who}");
-                    refuse(String::new(), why, "have the program use fork, not clone(CLONE_FS)");
+                    let why = format!("it shares root, current directory and umask with process {pid}");
+                    refuse(who, String::new(), why, "have the program use fork, not clone(CLONE_FS)");
                 }
             }
         }
@@ -419,44 +437,40 @@ impl FrozenTarget {
 
     /// Whether threads and processes have the umask that this one sets.
     fn shares_umask(&self, others: &[Pid]) -> Result<Vec<bool>, TargetError> {
-        // One that nobody has by chance: all but the bits of a random number that change.
         let probe = (sys::random().map_err(|source| self.error("getrandom", source))? & 0o777) as i32;
+        let mut shares = self.have_umask(others, probe)?;
+        // Once more with another value, for those that had the first by chance.
+        let again: Vec<Pid> = others.iter().zip(&shares).filter(|(_, same)| **same).map(|(&other, _)| other).collect();
+        if !again.is_empty() {
+            let confirmed = self.have_umask(&again, probe ^ 0o111)?;
+            shares.iter_mut().filter(|same| **same).zip(confirmed).for_each(|(same, confirmed)| *same = confirmed);
+        }
+        Ok(shares)
+    }
+
+    /// Which of the others show a umask while this process has it.
+    fn have_umask(&self, others: &[Pid], umask: i32) -> Result<Vec<bool>, TargetError> {
         let mut batch = Batch::new();
-        let before = batch.call(Sysno::umask, args![probe]);
-        let mut seen = Vec::new();
-        for other in others {
-            let path = batch.string(format!("/proc/{other}/status").as_bytes());
-            let text = batch.room(128);
-            let file = batch.try_call(Sysno::openat, args![libc::AT_FDCWD, path, libc::O_RDONLY | libc::O_CLOEXEC]);
-            batch.try_call(Sysno::read, args![file, text, text.len() - 1]);
-            batch.try_call(Sysno::close, args![file]);
-            seen.push(text);
-        }
+        let before = batch.call(Sysno::umask, args![umask]);
+        let texts: Vec<Slot> = others
+            .iter()
+            .map(|other| {
+                let path = batch.string(format!("/proc/{other}/status").as_bytes());
+                let text = batch.room(128);
+                let file = batch.try_call(Sysno::openat, args![libc::AT_FDCWD, path, libc::O_RDONLY | libc::O_CLOEXEC]);
+                batch.try_call(Sysno::read, args![file, text, text.len() - 1]);
+                batch.try_call(Sysno::close, args![file]);
+                text
+            })
+            .collect();
         batch.call(Sysno::umask, args![before]);
-        // Once more with another value, for one that had the first by chance.
-        let again = batch.call(Sysno::umask, args![probe ^ 0o111]);
-        let mut twice = Vec::new();
-        for other in others {
-            let path = batch.string(format!("/proc/{other}/status").as_bytes());
-            let text = batch.room(128);
-            let file = batch.try_call(Sysno::openat, args![libc::AT_FDCWD, path, libc::O_RDONLY | libc::O_CLOEXEC]);
-            batch.try_call(Sysno::read, args![file, text, text.len() - 1]);
-            batch.try_call(Sysno::close, args![file]);
-            twice.push(text);
-        }
-        batch.call(Sysno::umask, args![again]);
         let replies = self.agent().run(&batch)?;
-        let umask = |text: &[u8]| {
-            let text = String::from_utf8_lossy(text).into_owned();
+        let shown = |text: Slot| {
+            let text = String::from_utf8_lossy(replies.bytes(text)).into_owned();
             let line = text.lines().find_map(|line| line.strip_prefix("Umask:"))?;
             i32::from_str_radix(line.trim().trim_end_matches('\0'), 8).ok()
         };
-        let both = seen.into_iter().zip(twice);
-        Ok(both
-            .map(|(first, second)| {
-                umask(replies.bytes(first)) == Some(probe) && umask(replies.bytes(second)) == Some(probe ^ 0o111)
-            })
-            .collect())
+        Ok(texts.into_iter().map(|text| shown(text) == Some(umask)).collect())
     }
 
     /// The registration of a thread: it is known where glibc has it, and the kernel refuses exactly that one (EBUSY).
