@@ -419,22 +419,26 @@ impl Peer {
 
 #[test]
 fn hooks_close_what_cannot_be_saved_and_open_it_again() {
-    for language in LANGUAGES {
-        let lab = Lab::new();
+    for (language, backend, uid) in [("c", "preload", NOBODY), ("python", "preload", NOBODY), ("python", "ptrace", 0)] {
+        let lab = Lab::of(uid);
         let mut peer = Peer::new(&lab);
         let mut program = lab.example(language, "hooks");
         program.push("socket".into());
         let root = lab.start(&program);
         let mut connection = peer.connection(None);
         peer.read(&mut connection, 5);
-        let dump = start(&mut lab.dump(root.0, "image-0", &["--leave-running"]));
+        let dump = |image: &str, more: &[&str]| {
+            let pid = root.0.to_string();
+            start(lab.ckpt(&["--backend", backend, "dump", "-t", &pid, "-D", image]).args(more))
+        };
+        let saved = dump("image-0", &["--leave-running"]);
         peer.read(&mut connection, u64::MAX);
         let mut connection = peer.connection(Some("saved"));
-        dump.wait().assert_done();
+        saved.wait().assert_done();
         peer.read(&mut connection, 5);
-        let dump = start(&mut lab.dump(root.0, "image-1", &[]));
+        let saved = dump("image-1", &[]);
         peer.read(&mut connection, u64::MAX);
-        dump.wait().assert_done();
+        saved.wait().assert_done();
         let pid = root.0;
         drop(root);
         let stranger = Stranger::take(pid, NOBODY);

@@ -325,8 +325,9 @@ impl Drop for Companion {
     }
 }
 
-/// Somebody who has the id of a process that has ended, and whom nothing may reach: ended when it is dropped.
-pub struct Stranger(pub Pid);
+/// Somebody who has the id of a process that has ended, and whom nothing may reach: ended when it is dropped. With how he
+/// looked when nobody knew him.
+pub struct Stranger(pub Pid, String);
 
 impl Stranger {
     /// Takes an id as soon as it is free. He is of this user, blocks every signal and waits.
@@ -335,7 +336,7 @@ impl Stranger {
         wait_until(&format!("the id {pid} is free"), || Stranger::make(pid.0, uid));
         let rests = || fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|call| call.starts_with("34 "));
         wait_until("the stranger rests", rests);
-        Stranger(pid)
+        Stranger(pid, Stranger::look(pid))
     }
 
     fn make(id: i32, uid: u32) -> bool {
@@ -361,15 +362,25 @@ impl Stranger {
         }
     }
 
-    /// Nobody has sent him anything.
+    /// What a call that takes an id can leave behind: signals, a state, ids, priorities, processors, limits.
+    fn look(pid: Pid) -> String {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let (stat, status) = (read("stat"), read("status"));
+        let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        // State, parent, group, session, priority, nice, policy.
+        let mut text = [0, 1, 2, 3, 15, 16, 38].map(|n| fields[n]).join(" ");
+        const KEPT: [&str; 6] = ["TracerPid", "SigPnd", "ShdPnd", "SigBlk", "Cpus_allowed:", "Threads"];
+        for line in status.lines().filter(|line| KEPT.iter().any(|name| line.starts_with(name))) {
+            text += "\n";
+            text += line;
+        }
+        text + "\n" + &read("limits")
+    }
+
+    /// Nobody has reached him.
     #[track_caller]
     pub fn assert_untouched(&self) {
-        let proc = ProcDir::open(self.0).unwrap();
-        let status = proc.status().unwrap();
-        for field in ["SigPnd", "ShdPnd"] {
-            assert_eq!(status.mask(field), Some(0), "{field} of the stranger with id {}", self.0);
-        }
-        assert_eq!(proc.stat_line().unwrap().state, 'S');
+        assert_eq!(Stranger::look(self.0), self.1, "the stranger with id {}", self.0);
     }
 }
 
