@@ -68,6 +68,7 @@ pub enum Verb {
     Show(crate::show::Show),
     Check(crate::check::Check),
     Backends(crate::backends::Backends),
+    Api(crate::api::Api),
     Demo(crate::demo::Demo),
     WorkingSet(crate::working_set::WorkingSet),
     PageServer(crate::page_server::PageServer),

@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod api;
 mod arguments;
 mod backends;
 mod check;
@@ -16,6 +17,7 @@ mod page_server;
 mod periodic;
 mod progress;
 mod ps;
+mod requests;
 mod restore;
 mod run;
 mod show;
@@ -53,6 +55,7 @@ fn verb(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Verb::Restore(verb) => restore::run(backend, verb),
         Verb::Run(verb) => run::run(backend, verb),
         Verb::Ps(verb) => ps::run(verb),
+        Verb::Api(verb) => api::run(verb),
         Verb::Show(verb) => show::run(verb),
         Verb::Check(verb) => check::run(backend, verb),
         Verb::Backends(verb) => backends::run(backend, verb),

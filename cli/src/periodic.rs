@@ -1,10 +1,12 @@
-//! `ckpt run --interval --keep --on-signal`: a job that is saved again and again while it runs, and when it is told to end.
+//! `ckpt run -D --interval --keep --on-signal`: a job that is saved again and again while it runs, when it is told to end,
+//! and when one of its programs wants that.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -28,7 +30,7 @@ pub const SAVED: u8 = 85;
 #[derive(Debug, clap::Args)]
 pub struct Periodic {
     /// The directory for the images: DIR/1, DIR/2, ..., and DIR/latest, a link to the newest
-    #[arg(short = 'D', long = "dir", value_name = "DIR")]
+    #[arg(short = 'D', long = "dir", value_name = "DIR", conflicts_with = "detach")]
     directory: Option<PathBuf>,
 
     /// Save the command again and again, so long after another: 30s, 10m, 2h
@@ -68,7 +70,8 @@ impl Periodic {
     /// Prepares the directory, before the command is started. `None` if nothing of it was asked for.
     pub fn prepare(&self, backend: &'static Backend) -> anyhow::Result<Option<Prepared>> {
         let Some(directory) = &self.directory else { return Ok(None) };
-        if self.interval.is_none() && self.on_signal.is_none() {
+        // Programs with the shim may say when themselves.
+        if self.interval.is_none() && self.on_signal.is_none() && backend.launcher.is_none() {
             return Err(Usage("-D says where to save, but neither --interval nor --on-signal when".into()).into());
         }
         crate::backends::dumper(Some(backend.name))?;
@@ -96,8 +99,8 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    pub fn watch(self, root: Pid) -> Keeper {
-        Keeper { prepared: self, root }
+    pub fn watch(self, root: Pid) -> Rc<Keeper> {
+        Rc::new(Keeper { prepared: self, root })
     }
 }
 
@@ -107,22 +110,17 @@ pub struct Keeper {
     root: Pid,
 }
 
+/// [`Keeper`], when the time has come or a signal.
+pub struct Watch(pub Rc<Keeper>);
+
 impl Keeper {
     /// Saves the job into the next image. The newest image is always whole, and `latest` leads to it.
-    fn save(&self, after: After) -> anyhow::Result<PathBuf> {
-        let begun = Instant::now();
+    pub fn save(&self, after: After) -> anyhow::Result<PathBuf> {
         let Prepared { backend, directory, keep, .. } = &self.prepared;
         let numbers = images(directory)?;
         let number = numbers.last().map_or(1, |last| last + 1);
         let image = directory.join(number.to_string());
-        let dumper = crate::backends::dumper(Some(backend.name))?;
-        let store = ckpt_formats::create(&image)?;
-        let options = DumpOptions { shell_job: false, tcp_close: false, timeout: Duration::from_secs(10) };
-        let mut bar = Bar::new();
-        let summary = ckpt_core::dump::dump(&*dumper, self.root, &options, after, store, &mut bar)?;
-        drop(bar);
-        let (size, time) = (human::size(summary.page_bytes), human::duration(begun.elapsed()));
-        tracing::info!("saved process {} ({size}) to {} in {time}", self.root, image.display());
+        save_into(backend, self.root, &image, after)?;
         // From here on it is saved; what fails now is said, and takes nothing away from that.
         let told = lead_to(directory, number).and_then(|()| remove_oldest(directory, *keep));
         if let Err(error) = told {
@@ -130,17 +128,31 @@ impl Keeper {
         }
         Ok(image)
     }
+}
 
-    fn has_ended(&self) -> bool {
-        let state = ProcDir::open(self.root).and_then(|proc| proc.stat_line()).map(|stat| stat.state);
-        !state.is_ok_and(|state| !matches!(state, 'Z' | 'X'))
-    }
+/// Saves a job into an image.
+pub fn save_into(backend: &Backend, root: Pid, image: &Path, after: After) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let dumper = crate::backends::dumper(Some(backend.name))?;
+    let store = ckpt_formats::create(image)?;
+    let options = DumpOptions { shell_job: false, tcp_close: false, timeout: Duration::from_secs(10) };
+    let mut bar = Bar::new();
+    let summary = ckpt_core::dump::dump(&*dumper, root, &options, after, store, &mut bar)?;
+    drop(bar);
+    let (size, time) = (human::size(summary.page_bytes), human::duration(begun.elapsed()));
+    tracing::info!("saved process {root} ({size}) to {} in {time}", image.display());
+    Ok(())
+}
 
-    /// Says that it could not be saved, and that nothing has happened to it.
-    fn not_saved(&self, error: anyhow::Error) {
-        if !self.has_ended() {
-            failure::report(&error.context(format!("process {} could not be saved, and goes on", self.root)));
-        }
+fn has_ended(root: Pid) -> bool {
+    let state = ProcDir::open(root).and_then(|proc| proc.stat_line()).map(|stat| stat.state);
+    !state.is_ok_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+/// Says that it could not be saved, and that nothing has happened to it.
+pub fn not_saved(root: Pid, error: anyhow::Error) {
+    if !has_ended(root) {
+        failure::report(&error.context(format!("process {root} could not be saved, and goes on")));
     }
 }
 
@@ -176,36 +188,38 @@ fn remove_oldest(directory: &Path, keep: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Chore for Keeper {
+impl Chore for Watch {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.prepared.timer.as_ref().map(AsFd::as_fd)
+        self.0.prepared.timer.as_ref().map(AsFd::as_fd)
     }
 
     fn work(&mut self) -> anyhow::Result<()> {
         let mut times = [0; 8];
         let due = self.fd().is_some_and(|timer| nix::unistd::read(timer, &mut times).is_ok());
+        let root = self.0.root;
         if due
-            && !self.has_ended()
-            && let Err(error) = self.save(After::LeaveRunning)
+            && !has_ended(root)
+            && let Err(error) = self.0.save(After::LeaveRunning)
         {
-            self.not_saved(error);
+            not_saved(root, error);
         }
         Ok(())
     }
 
     fn take(&mut self, signal: i32) -> Option<Option<ExitCode>> {
-        if self.prepared.on_signal.map(|wanted| wanted as i32) != Some(signal) {
+        let root = self.0.root;
+        if self.0.prepared.on_signal.map(|wanted| wanted as i32) != Some(signal) {
             return None;
         }
-        match self.save(After::Kill) {
+        match self.0.save(After::Kill) {
             Ok(image) => {
-                let _ = waitpid(nix::unistd::Pid::from_raw(self.root.0), Some(WaitPidFlag::__WALL));
+                let _ = waitpid(nix::unistd::Pid::from_raw(root.0), Some(WaitPidFlag::__WALL));
                 let place = image.display();
-                output::tell_aside(&format!("process {} is saved; go on with: ckpt restore -D {place}", self.root));
+                output::tell_aside(&format!("process {root} is saved; go on with: ckpt restore -D {place}"));
                 Some(Some(ExitCode::from(SAVED)))
             }
             Err(error) => {
-                self.not_saved(error);
+                not_saved(root, error);
                 Some(None)
             }
         }

@@ -22,6 +22,7 @@ use ckpt_userfault::{Figures, OnLoss, Pager, PagesFrom, Stub, Told, UserfaultRes
 use crate::failure::Usage;
 use crate::page_server::Shown;
 use crate::progress::Bar;
+use crate::requests::Listener;
 use crate::supervise::{self, Chore, Terminal};
 use crate::{backends, human, output, sys};
 
@@ -302,6 +303,7 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let root = prepared.root();
     // From here on signals wait: what comes before the release undoes it, what comes after it is passed on.
     let signals = (!verb.detach).then(supervise::Signals::hold).transpose()?;
+    let listener = (!verb.detach).then(Listener::new);
     if let Some(pidfile) = &mut pidfile {
         pidfile.write(root)?;
     }
@@ -345,7 +347,10 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
         };
     };
     let mut listening = Listening { pager };
-    supervise::wait(root, signals, terminal.as_ref(), &mut [&mut listening])
+    let mut requests = listener.map(|listener| listener.serve(root, None));
+    let mut chores: Vec<&mut dyn Chore> = vec![&mut listening];
+    chores.extend(requests.as_mut().map(|requests| requests as &mut dyn Chore));
+    supervise::wait(root, signals, terminal.as_ref(), &mut chores)
 }
 
 /// Right after a dump the processes that it ended may not have been waited for, and still have their ids: init, which

@@ -12,7 +12,8 @@ use ckpt_core::Pid;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use crate::failure::Refused;
-use crate::periodic::{Periodic, SAVED};
+use crate::periodic::{Periodic, SAVED, Watch};
+use crate::requests::Listener;
 use crate::restore::Pidfile;
 use crate::supervise::{self, Chore};
 use crate::{backends, output, sys};
@@ -30,6 +31,9 @@ Examples:
                                               save it every ten minutes, and once
                                               more when a batch system ends it
   ckpt restore -D saved/latest                go on from the newest of these
+  ckpt --backend preload run -D saved -- ./job
+                                              save it when it asks for that: see
+                                              ckpt api
 
 The command gets no terminal and none of our descriptors but the standard ones,
 so that nothing of it leads outside of what a dump saves. Where standard input
@@ -94,6 +98,8 @@ pub fn run(backend: Option<&str>, verb: &Run) -> anyhow::Result<ExitCode> {
     }
     // Held before the command starts, so that none is lost; the command itself starts with none blocked.
     let signals = (!verb.detach).then(supervise::Signals::hold).transpose()?;
+    // So that the command finds it from its first line on.
+    let listener = (!verb.detach && backend.launcher.is_some()).then(Listener::new);
     let child = command.spawn().with_context(|| format!("{} cannot be started", name.display()))?;
     let pid = Pid(child.id() as i32);
     if let Some(pidfile) = &mut pidfile
@@ -116,11 +122,14 @@ pub fn run(backend: Option<&str>, verb: &Run) -> anyhow::Result<ExitCode> {
     };
     output::tell_aside(&format!("process {pid} runs; save it with: ckpt dump -t {pid} -D DIR{place}"));
     let mut follower = log.map(Log::follow).transpose()?;
-    let mut keeper = periodic.map(|prepared| prepared.watch(pid));
+    let keeper = periodic.map(|prepared| prepared.watch(pid));
+    let mut requests = listener.map(|listener| listener.serve(pid, keeper.clone()));
+    let mut watch = keeper.map(Watch);
     // What the command has written is shown before it is saved.
     let mut chores: Vec<&mut dyn Chore> = Vec::new();
     chores.extend(follower.as_mut().map(|follower| follower as &mut dyn Chore));
-    chores.extend(keeper.as_mut().map(|keeper| keeper as &mut dyn Chore));
+    chores.extend(watch.as_mut().map(|watch| watch as &mut dyn Chore));
+    chores.extend(requests.as_mut().map(|requests| requests as &mut dyn Chore));
     let status = supervise::wait(pid, signals, None, &mut chores)?;
     // One that was saved goes on with it.
     if let Some(follower) = follower

@@ -158,13 +158,54 @@ fn a_save_that_fails_is_a_line_and_the_job_goes_on() {
     }
 }
 
+/// At instants all over a dump of the job, and between two.
+#[test]
+fn a_ckpt_that_is_killed_leaves_the_job_alone() {
+    for backend in BACKENDS {
+        for trial in 0..6u64 {
+            let workshop = Workshop::new();
+            adopt_orphans();
+            let saved = workshop.path().join("saved");
+            let mut running = start(&mut run_counting(&workshop, backend, &["-D", "saved", "--interval", "100ms"]));
+            let root = Ended(pid_of(&workshop));
+            assert_goes_on(workshop.path());
+            // In the first half of the trials as soon as an image is begun, and a little later each time.
+            match trial {
+                0..3 => {
+                    wait_until("an image is begun", || fs::read_dir(&saved).is_ok_and(|mut all| all.next().is_some()))
+                }
+                _ => wait_until("an image is there", || newest(&saved) >= trial - 2),
+            }
+            for _ in 0..trial % 3 * 500 {
+                std::hint::black_box(fs::metadata(&saved).unwrap());
+            }
+            running.child.kill().unwrap();
+            end_of(&mut running.child);
+            assert_goes_on(workshop.path());
+            // Nothing is left in it: another saves it, and it comes back.
+            let pid = root.0.to_string();
+            let mut dump = ckpt(["--backend", backend, "dump", "-t", &pid, "-D", "image"]);
+            run(dump.current_dir(workshop.path())).assert_done();
+            let pid = root.0;
+            drop(root);
+            let mut restore = ckpt(["--backend", backend, "restore", "-d", "-D", "image"]);
+            run(restore.current_dir(workshop.path())).assert_done();
+            let _root = Ended(pid);
+            assert_goes_on(workshop.path());
+            if newest(&saved) > 0 {
+                run(&mut ckpt(["check", saved.join("latest").to_str().unwrap()])).assert_done();
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_asked_for_wrongly_is_said() {
     let workshop = Workshop::new();
     for (options, says) in [
         (&["--interval", "30s"][..], "--dir"),
         (&["--on-signal", "TERM"], "--dir"),
-        (&["-D", "saved"], "--interval"),
+        (&["-D", "saved", "-d"], "--detach"),
         (&["-D", "saved", "--interval", "30"], "unit"),
         (&["-D", "saved", "--on-signal", "KILL"], "one of"),
         (&["-D", "saved", "--interval", "1h", "--keep", "0"], "--keep"),
@@ -172,6 +213,8 @@ fn what_is_asked_for_wrongly_is_said() {
     ] {
         run(&mut run_counting(&workshop, "preload", options)).assert_error(BAD_USAGE, &[says]);
     }
+    // With the shim, the program may say when itself.
+    run(&mut run_counting(&workshop, "ptrace", &["-D", "saved"])).assert_error(BAD_USAGE, &["--interval"]);
     assert_eq!(names(workshop.path()), [""; 0], "nothing was started");
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::{DumpOptions, Dumper, Frozen};
+use crate::consent;
 use crate::error::{DumpError, Refusal};
 use crate::host;
 use crate::image::{Image, Process, Thread};
@@ -48,7 +49,7 @@ pub fn dump(
     progress: &mut dyn Progress,
 ) -> Result<Summary, DumpError> {
     progress.phase(Phase::Freeze);
-    let mut frozen = dumper.freeze(root, options)?;
+    let (consents, mut frozen) = consent::freeze(dumper, root, options)?;
     progress.phase(Phase::Collect);
     let (mut image, objects) = collect(&mut *frozen, options, &mut *store)?;
     write_content(frozen.targets(), &mut image, objects, &mut *store, progress)?;
@@ -73,6 +74,7 @@ pub fn dump(
         progress.phase(Phase::LetGo);
         if after == After::LeaveStopped { frozen.stop()? } else { frozen.kill()? }
     }
+    consents.saved();
     Ok(summary)
 }
 

@@ -59,6 +59,9 @@ pub enum DumpError {
         "process {pid} did not stop within {seconds} s (state {state}); wait until it leaves the kernel, or use a longer --timeout"
     )]
     FreezeTimedOut { pid: Pid, seconds: u64, state: char },
+    /// A program that uses the interface does not want to be saved now, or has not said in time that it may be.
+    #[error("process {pid} {why}; {help}")]
+    NotNow { pid: Pid, why: String, help: String },
     #[error("{}", list(.0))]
     Unsupported(Vec<Refusal>),
     #[error("{resource} of process {pid}: {source}")]

@@ -12,6 +12,7 @@
 
 pub mod backend;
 pub mod batch;
+pub mod consent;
 pub mod crew;
 pub mod dump;
 pub mod error;

@@ -21,6 +21,7 @@ pub const ACCESS: u64 = 21;
 pub const SCHED_YIELD: u64 = 24;
 pub const MREMAP: u64 = 25;
 pub const MINCORE: u64 = 27;
+pub const MADVISE: u64 = 28;
 pub const GETPID: u64 = 39;
 pub const SENDTO: u64 = 44;
 pub const SOCKET: u64 = 41;
@@ -43,6 +44,7 @@ pub const FGETXATTR: u64 = 193;
 pub const FUTEX: u64 = 202;
 pub const EXIT_GROUP: u64 = 231;
 pub const OPENAT: u64 = 257;
+pub const GETRANDOM: u64 = 318;
 pub const MEMFD_CREATE: u64 = 319;
 
 pub const EINTR: i64 = 4;

@@ -16,10 +16,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::agent::{CODE_SIZE, CONTROL_SIZE, FRAME_SIZE, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::calls::{self, sys};
 use crate::protocol::{
-    Arrival, HANDLER_STACK, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT,
-    nonce_of_process, socket_name,
+    ASK_TAG, Arrival, HANDLER_STACK, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, TELL_TAG, UNKNOWN_CALL,
+    VALUE_TAG, Welcome, XSAVE_AT, nonce_of_process, socket_name,
 };
-use crate::ids;
+use crate::{ids, interface};
 use crate::by_number;
 use crate::start::{self, HAS_RSEQ, RSEQ_OFFSET};
 
@@ -107,13 +107,14 @@ type Handler = unsafe extern "C" fn(i32, *mut i32, *mut u64);
 #[unsafe(naked)]
 unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
     naked_asm!(
-        // siginfo: the code at 8, the sender at 16, the value at 24. SI_QUEUE with our mark is ours,
+        // siginfo: the code at 8, the sender at 16, the value at 24. SI_QUEUE with one of our marks is ours,
         "cmp dword ptr [rsi + 8], -1",
         "jne 2f",
         "mov rax, [rsi + 24]",
         "shr rax, 48",
-        "cmp eax, {tag}",
-        "je 3f",
+        "sub eax, {tag}",
+        "cmp eax, {last_tag}",
+        "jbe 3f",
         "jmp {pass_on}",
         // and SI_USER from nobody: the kernel had no room for what came with the signal.
         "2:",
@@ -150,6 +151,7 @@ unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
         "4:",
         "ret",
         tag = const VALUE_TAG,
+        last_tag = const TELL_TAG - VALUE_TAG,
         size = const HANDLER_STACK,
         mmap = const calls::MMAP,
         munmap = const calls::MUNMAP,
@@ -187,7 +189,11 @@ unsafe extern "C" fn answer(info: *const i32, context: *mut u64, stack: u64) {
         }
         if *info.add(2) == SI_QUEUE {
             let value = *info.add(6).cast::<u64>();
-            freeze((value >> 32) as u16 as u64, value as u32, context, stack);
+            match value >> 48 {
+                ASK_TAG => interface::asked(value as u32),
+                TELL_TAG => interface::told(value as u32, (value >> 32) as u16),
+                _ => freeze((value >> 32) as u16 as u64, value as u32, context, stack),
+            }
         } else {
             freeze(0, nonce_of_process(sys!(calls::GETPID, 0) as i32), context, stack);
         }
@@ -260,6 +266,15 @@ unsafe fn freeze(index: u64, nonce: u32, context: *mut u64, stack: u64) {
             let _ = SESSION.compare_exchange(now, 0, Ordering::SeqCst, Ordering::SeqCst);
         }
     }
+}
+
+/// Whether this process has come out of an image that was made through [`freeze`] and was not noticed yet. Notices it.
+pub fn was_saved() -> bool {
+    let now = SESSION.load(Ordering::SeqCst);
+    // Open, but with no region. Whoever closes one says so before the region goes.
+    now as u32 as u64 == OPEN
+        && !is_mapped(BASE.load(Ordering::SeqCst))
+        && SESSION.compare_exchange(now, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
 }
 
 fn is_mapped(page: u64) -> bool {

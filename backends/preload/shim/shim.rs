@@ -25,6 +25,7 @@ mod environment;
 mod exec;
 mod freeze;
 mod ids;
+mod interface;
 #[path = "../src/protocol.rs"]
 #[allow(dead_code)]
 mod protocol;

@@ -32,6 +32,19 @@ pub fn has_shim(pid: Pid) -> bool {
     maps.is_some_and(|maps| maps.windows(2).any(is_shim))
 }
 
+/// Whether a program with the shim wants to be asked before it is dumped: then a page of the shim cannot be touched, which
+/// lies between two that can.
+pub fn wants_to_be_asked(proc: &ProcDir) -> bool {
+    if !proc.status().is_ok_and(|status| handles_signal(&status)) {
+        return false;
+    }
+    let maps = proc.read("maps").ok().and_then(|maps| Mapping::parse_all(&maps)).unwrap_or_default();
+    let Some(code) = maps.windows(2).position(is_shim) else { return false };
+    let of_shim = maps[code..].windows(2).take_while(|pair| pair[0].end == pair[1].start).map(|pair| &pair[1]);
+    let is_mark = |mapping: &Mapping| !mapping.read && !mapping.write && !mapping.execute && mapping.len() == 4096;
+    of_shim.take_while(|mapping| mapping.inode == 0 && mapping.name.as_os_str().is_empty()).any(is_mark)
+}
+
 /// Two mappings beside each other: what stands before the shim's code, and its code.
 fn is_shim(pair: &[Mapping]) -> bool {
     let [before, code] = pair else { return false };

@@ -16,6 +16,7 @@ pub mod find;
 mod freeze;
 mod frozen;
 mod ids;
+pub mod interface;
 pub mod launch;
 mod probe;
 #[allow(dead_code)]

@@ -38,15 +38,19 @@ pub const SOCKET_PREFIX: &[u8; 13] = b"ckpt-preload-";
 pub const SOCKET_NAME: usize = 1 + SOCKET_PREFIX.len() + 8;
 
 pub fn socket_name(nonce: u32) -> [u8; SOCKET_NAME] {
+    socket_name_of(SOCKET_PREFIX, nonce)
+}
+
+pub fn socket_name_of(prefix: &[u8; 13], number: u32) -> [u8; SOCKET_NAME] {
     let mut name = [0; SOCKET_NAME];
     let mut n = 0;
-    while n < SOCKET_PREFIX.len() {
-        name[1 + n] = SOCKET_PREFIX[n];
+    while n < prefix.len() {
+        name[1 + n] = prefix[n];
         n += 1;
     }
     n = 0;
     while n < 8 {
-        name[1 + SOCKET_PREFIX.len() + n] = b"0123456789abcdef"[(nonce >> (28 - 4 * n) & 15) as usize];
+        name[1 + prefix.len() + n] = b"0123456789abcdef"[(number >> (28 - 4 * n) & 15) as usize];
         n += 1;
     }
     name
@@ -118,3 +122,63 @@ pub const DESCRIPTOR_VARIABLE: &[u8] = b"CKPT_SHIM_FD=";
 /// In that of one that is started to become a skeleton: the numbers of its socket and of the region's memfd, its address
 /// and size, the address of its lane. The shim takes over at once.
 pub const SKELETON_VARIABLE: &[u8] = b"CKPT_SKELETON=";
+
+/// Top 16 bits of the value of a signal by which a program that uses the interface is asked whether it may be saved. The
+/// random bits name the driver's socket for answers: [`CONSENT_PREFIX`] and they.
+pub const ASK_TAG: u64 = VALUE_TAG + 1;
+/// The same of one by which a program is told what became of a dump or of its request: 0 in the next 16 bits, or an errno.
+pub const TELL_TAG: u64 = VALUE_TAG + 2;
+
+pub const fn ask_value(nonce: u32) -> u64 {
+    ASK_TAG << 48 | nonce as u64
+}
+
+pub const fn tell_value(nonce: u32, errno: u16) -> u64 {
+    TELL_TAG << 48 | (errno as u64) << 32 | nonce as u64
+}
+
+/// Where the programs of a tree are heard during a dump: a datagram socket that is there as long as the dump goes on.
+pub const CONSENT_PREFIX: &[u8; 13] = b"ckpt-consent-";
+/// Where a ckpt that is the parent of a tree takes requests: this, and its process id.
+pub const MANAGER_PREFIX: &[u8; 13] = b"ckpt-manager-";
+
+/// Begins both kinds of datagrams; the last byte is the version.
+pub const INTERFACE_MAGIC: u64 = 0x636b_7074_6173_6b01;
+
+/// From a program that was asked. Who it is, the kernel says (`SCM_CREDENTIALS`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    pub magic: u64,
+    pub nonce: u32,
+    pub state: u32,
+    /// What a hook has returned that refuses.
+    pub code: i32,
+    pub _reserved: u32,
+}
+
+/// It is in a region in which no checkpoint may happen.
+pub const IN_REGION: u32 = 1;
+/// Its hooks are running.
+pub const IN_HOOKS: u32 = 2;
+/// It may be saved: nobody enters a region until it was told.
+pub const READY: u32 = 3;
+/// One of its hooks refuses.
+pub const REFUSES: u32 = 4;
+/// It has to do with another dump.
+pub const BUSY: u32 = 5;
+
+/// From a program that wants to be saved now.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Request {
+    pub magic: u64,
+    /// The answer is a signal with [`tell_value`] of it.
+    pub nonce: u32,
+    /// Bytes of `image` that are used; 0 if the manager is to choose.
+    pub length: u32,
+    pub image: [u8; MOST_IMAGE],
+}
+
+/// Longest name of an image in a request: `PATH_MAX` with the zero byte.
+pub const MOST_IMAGE: usize = 4096;

@@ -28,6 +28,21 @@ pub fn queue_to_thread(pid: Pid, tid: Pid, signal: i32, value: u64) -> io::Resul
     check(unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid.0, tid.0, signal, info.as_ptr()) }).map(drop)
 }
 
+/// A signal with a value for a process (`SI_QUEUE`).
+pub fn queue(pidfd: BorrowedFd<'_>, signal: i32, value: u64) -> io::Result<()> {
+    let mut info = [0u32; 32];
+    info[0] = signal as u32;
+    info[2] = libc::SI_QUEUE as u32;
+    info[4] = std::process::id();
+    // SAFETY: no memory is passed.
+    info[5] = unsafe { libc::getuid() };
+    info[6] = value as u32;
+    info[7] = (value >> 32) as u32;
+    let fd = pidfd.as_raw_fd();
+    // SAFETY: a siginfo of 128 bytes.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info.as_ptr(), 0) }).map(drop)
+}
+
 pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: no memory is passed.
     let result =

@@ -325,6 +325,72 @@ impl Drop for Companion {
     }
 }
 
+/// Somebody who has the id of a process that has ended, and whom nothing may reach: ended when it is dropped. With how he
+/// looked when nobody knew him.
+pub struct Stranger(pub Pid, String);
+
+impl Stranger {
+    /// Takes an id as soon as it is free. He is of this user, blocks every signal and waits.
+    #[track_caller]
+    pub fn take(pid: Pid, uid: u32) -> Stranger {
+        wait_until(&format!("the id {pid} is free"), || Stranger::make(pid.0, uid));
+        let rests = || fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|call| call.starts_with("34 "));
+        wait_until("the stranger rests", rests);
+        Stranger(pid, Stranger::look(pid))
+    }
+
+    fn make(id: i32, uid: u32) -> bool {
+        let mut arguments = [0u64; 11];
+        arguments[4] = libc::SIGCHLD as u64;
+        arguments[8] = (&raw const id) as u64;
+        arguments[9] = 1;
+        // SAFETY: `struct clone_args`, as a fork with a chosen id (set_tid at 64); the child only makes system calls.
+        let made = unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), size_of_val(&arguments)) };
+        if made != 0 {
+            return made > 0;
+        }
+        // SAFETY: as above; the mask is the kernel's, so that it has the signals of the C library too.
+        unsafe {
+            let all = u64::MAX;
+            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const all, 0, 8);
+            libc::close_range(0, u32::MAX, 0);
+            libc::syscall(libc::SYS_setresgid, uid, uid, uid);
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+
+    /// What a call that takes an id can leave behind: signals, a state, ids, priorities, processors, limits.
+    fn look(pid: Pid) -> String {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let (stat, status) = (read("stat"), read("status"));
+        let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        // State, parent, group, session, priority, nice, policy.
+        let mut text = [0, 1, 2, 3, 15, 16, 38].map(|n| fields[n]).join(" ");
+        const KEPT: [&str; 6] = ["TracerPid", "SigPnd", "ShdPnd", "SigBlk", "Cpus_allowed:", "Threads"];
+        for line in status.lines().filter(|line| KEPT.iter().any(|name| line.starts_with(name))) {
+            text += "\n";
+            text += line;
+        }
+        text + "\n" + &read("limits")
+    }
+
+    /// Nobody has reached him.
+    #[track_caller]
+    pub fn assert_untouched(&self) {
+        assert_eq!(Stranger::look(self.0), self.1, "the stranger with id {}", self.0);
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        kill(self.0, libc::SIGKILL);
+        wait_for(self.0, None);
+    }
+}
+
 fn in_own_session(mut command: Command) -> Command {
     // SAFETY: setsid and close_range are plain system calls.
     unsafe {
