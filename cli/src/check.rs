@@ -106,7 +106,9 @@ fn ready<'a, F>(
         match (availability(&(backend.probe)()), part(backend)) {
             (Availability::Available | Availability::Reduced(_), Some(part)) => ready.push((backend, part)),
             (Availability::Unavailable(why), _) => verdict.unavailable(backend, why),
-            (Availability::Available | Availability::Reduced(_), None) => verdict.unavailable(backend, "it cannot do this"),
+            (Availability::Available | Availability::Reduced(_), None) => {
+                verdict.unavailable(backend, "it cannot do this")
+            }
         }
     }
     ready

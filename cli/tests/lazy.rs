@@ -245,6 +245,15 @@ fn a_recorded_working_set_saves_the_faults_of_the_next_time() {
     assert!(number(&used, "/faults") * 20.0 < number(&plain, "/faults"), "95 % fewer: {used}");
     let ignored = restored(&["--no-sweep", "--ignore-working-set"], 1, &|| {});
     assert_eq!(number(&ignored, "/pages/working_set"), 0.0, "{ignored}");
+    // A new recording, which ends by itself, is compared with the one before.
+    let again = restored(&["--record-working-set=1"], 1, &|| {
+        wait_until("the recording is over", || !workshop.image().join("working-set.recording").exists());
+    });
+    let before = |what: &str| number(&again, &format!("/recorded/before/{what}"));
+    assert_eq!(before("pages"), number(&recorded, "/recorded/pages"), "{again}");
+    assert_eq!(before("pages"), before("hits") + before("wasted"), "{again}");
+    let rate = 100.0 * before("hits") / number(&again, "/recorded/pages");
+    assert!(rate > 90.0 && (before("hit_rate") - rate).abs() < 0.01, "the same work: {again}");
 
     // A damaged one is a hint that is not taken.
     let file = workshop.image().join("working-set");

@@ -546,9 +546,8 @@ fn a_killed_restore_leaves_no_files() {
     static MOST: AtomicU64 = AtomicU64::new(0);
     for most in [manifest / 2, manifest + 4096, u64::MAX] {
         MOST.store(most, Ordering::SeqCst);
-        let (address, passed) = proxy(&server.address, |to, bytes, own| {
-            own > MOST.load(Ordering::SeqCst) || to.write_all(bytes).is_ok()
-        });
+        let (address, passed) =
+            proxy(&server.address, |to, bytes, own| own > MOST.load(Ordering::SeqCst) || to.write_all(bytes).is_ok());
         let mut running = start(place.restore(&address, "image", &["--no-sweep"]).env("TMPDIR", &temporary));
         let pid = Pid(running.child.id() as i32);
         let open = || {

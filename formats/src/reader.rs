@@ -156,6 +156,10 @@ impl ImageReader for Reader {
         Ok(checksums.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
     }
 
+    fn checksum_table(&self) -> (BorrowedFd<'_>, u64) {
+        (self.manifest.as_fd(), self.table)
+    }
+
     fn damaged_page(&self, page: u64) -> StoreError {
         let owner = owner(&self.image, page).map(|owner| format!(", {owner},")).unwrap_or_default();
         let why = format!("page {page}{owner} does not match its checksum");

@@ -99,9 +99,12 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let lazy = image.processes.iter().flat_map(|process| lazy_mappings(&process.memory, options));
     let lazy = lazy.flat_map(|mapping| &mapping.pages);
     let lazy = lazy.chain(lazy_objects(image, options).flat_map(|(_, object)| &object.pages));
-    let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
     let pages = reader.pages().as_raw_fd();
-    sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
+    let (sums, table) = reader.checksum_table();
+    let sums = sums.as_raw_fd();
+    sys::keep_only(&[control, pages, sums])
+        .map_err(|error| format!("closing what the pager does not need: {error}"))?;
+    let checksums = Checksums::new(owned(sums), table, lazy);
     let source: Box<dyn Source> = match &options.pages_from {
         Some(from) => Box::new(Remote::new(from.clone(), checksums, reader)),
         None => Box::new(PageFile::new(owned(pages), checksums, reader)),

@@ -69,7 +69,8 @@ impl UserfaultRestorer {
         let mut figures = Figures { release_us, complete_us: release_us, ..Figures::default() };
         figures.pages.eager = self.filled.get();
         if let WorkingSetUse::Record { .. } = self.options.working_set {
-            figures.working_set_trouble = Some("nothing was recorded, as all memory was there before the release".into());
+            figures.working_set_trouble =
+                Some("nothing was recorded, as all memory was there before the release".into());
         }
         figures
     }

@@ -127,9 +127,9 @@ impl WorkingSet {
         let here = |name| directory.map_or(Ok(None), |directory| WorkingSet::load_from(&directory.join(name)));
         let there = |bytes: &Option<Vec<u8>>| match bytes {
             None => Ok(None),
-            Some(bytes) => WorkingSet::decode(bytes).map(Some).ok_or_else(|| {
-                "the page server's working set is none, or a damaged one; it is not used".to_string()
-            }),
+            Some(bytes) => WorkingSet::decode(bytes)
+                .map(Some)
+                .ok_or_else(|| "the page server's working set is none, or a damaged one; it is not used".to_string()),
         };
         let recorded = note(here(FILE)).or_else(|| note(there(&fetched.recorded)));
         if let Some(recorded) = recorded {

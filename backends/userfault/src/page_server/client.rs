@@ -570,7 +570,7 @@ impl Source for Remote<'_> {
                 self.here.insert(number + 1, content[PAGE_SIZE as usize..].to_vec());
             }
         }
-        match self.checksums.first_wrong(run, buffer) {
+        match self.checksums.first_wrong(run, buffer)? {
             None => Ok(buffer),
             Some(page) => {
                 Err(format!("from the page server {}: {}", self.from.address, self.reader.damaged_page(page)))

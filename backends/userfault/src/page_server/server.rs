@@ -238,7 +238,8 @@ impl Image {
         let mut files = files.collect::<Result<Vec<_>, _>>()?;
         // Hints, which may be there or not.
         let hints = [working_set::FILE, working_set::GUESS];
-        files.extend(hints.into_iter().filter_map(|name| open(name).ok().map(|(file, size)| (name.into(), size, file))));
+        files
+            .extend(hints.into_iter().filter_map(|name| open(name).ok().map(|(file, size)| (name.into(), size, file))));
         Ok(Image { files, pages })
     }
 
