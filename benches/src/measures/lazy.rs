@@ -100,7 +100,8 @@ fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Pat
     drop(turns);
     bench.ratios.extend(ratios(&rows, "userfault"));
     bench.rows.extend(rows);
-    let again = ways.iter().find(|way| way.tool.name() == "userfault").map(|way| (way.image.clone(), way.address.clone()));
+    let again =
+        ways.iter().find(|way| way.tool.name() == "userfault").map(|way| (way.image.clone(), way.address.clone()));
     drop(ways);
     if let Some((image, address)) = again {
         working_set::measure(bench, workload.name, &image, &address, keys, workload.bytes());

@@ -97,7 +97,8 @@ fn restore(saved: Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samp
     let mut samples = Samples::default();
     samples.add_time("requests", answered);
     let figures = own_figures(&log)?;
-    let number = |path: &str| figures.pointer(path).and_then(|it| it.as_f64()).ok_or("the figures of ckpt have changed");
+    let number =
+        |path: &str| figures.pointer(path).and_then(|it| it.as_f64()).ok_or("the figures of ckpt have changed");
     samples.add("request-faults", Unit::Count, number("/faults")?);
     samples.add("set-pages", Unit::Count, number("/pages/working_set")?);
     samples.add_time("release", Duration::from_secs_f64(number("/release_us")? / 1e6));
