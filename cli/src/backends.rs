@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use ckpt_core::{Availability, Backend, Dumper, Restorer, registry};
+use ckpt_core::{Availability, Backend, Dumper, Feature, Restorer, registry};
 
 use crate::failure::{Refused, Usage};
 use crate::output;
@@ -41,7 +41,7 @@ pub fn for_process(pid: ckpt_core::Pid) -> Option<&'static str> {
 pub fn dumper(name: Option<&str>) -> anyhow::Result<Box<dyn Dumper>> {
     let backend = find(name)?;
     match (backend.dumper, (backend.probe)().dump) {
-        (Some(dumper), Availability::Available) => Ok(dumper()),
+        (Some(dumper), Availability::Available | Availability::Reduced(_)) => Ok(dumper()),
         (_, Availability::Unavailable(why)) => Err(unavailable(backend, "dump", &why)),
         (None, _) => Err(unavailable(backend, "dump", "it only restores")),
     }
@@ -51,7 +51,7 @@ pub fn dumper(name: Option<&str>) -> anyhow::Result<Box<dyn Dumper>> {
 pub fn restorer(name: Option<&str>) -> anyhow::Result<Box<dyn Restorer>> {
     let backend = find(name)?;
     match (backend.restorer, (backend.probe)().restore) {
-        (Some(restorer), Availability::Available) => Ok(restorer()),
+        (Some(restorer), Availability::Available | Availability::Reduced(_)) => Ok(restorer()),
         (_, Availability::Unavailable(why)) => Err(unavailable(backend, "restore", &why)),
         (None, _) => Err(unavailable(backend, "restore", "it only dumps")),
     }
@@ -101,19 +101,29 @@ fn text(backend: &Backend) -> String {
         text += &wrapped("  but not   ", &capability.lacks.join(", "));
     }
     if !probe.features.is_empty() {
-        let features: Vec<String> = probe
-            .features
-            .iter()
-            .map(|(name, there)| if *there { (*name).to_string() } else { format!("no {name}") })
-            .collect();
-        text += &wrapped("  kernel    ", &features.join(", "));
+        let there: Vec<&str> = probe.features.iter().filter(|it| it.there).map(|it| it.name).collect();
+        if !there.is_empty() {
+            text += &wrapped("  has       ", &there.join(", "));
+        }
+        for missing in probe.features.iter().filter(|it| !it.there) {
+            text += &wrapped("  has no    ", &in_words(missing));
+        }
     }
     text
 }
 
-fn available(availability: &Availability) -> String {
+/// A feature that is not there, with what is done instead.
+pub fn in_words(missing: &Feature) -> String {
+    match missing.instead {
+        "" => missing.name.into(),
+        instead => format!("{}: {instead}", missing.name),
+    }
+}
+
+pub fn available(availability: &Availability) -> String {
     match availability {
         Availability::Available => "works here".into(),
+        Availability::Reduced(why) => format!("works here, but {why}"),
         Availability::Unavailable(why) => format!("not here: {why}"),
     }
 }
@@ -140,10 +150,17 @@ fn json(backend: &Backend) -> serde_json::Value {
     let probe = (backend.probe)();
     let state = |availability: &Availability| match availability {
         Availability::Available => serde_json::json!({ "available": true }),
+        Availability::Reduced(why) => serde_json::json!({ "available": true, "reduced": why }),
         Availability::Unavailable(why) => serde_json::json!({ "available": false, "why": why }),
     };
     let features: serde_json::Map<_, _> =
-        probe.features.iter().map(|(name, there)| ((*name).to_string(), (*there).into())).collect();
+        probe.features.iter().map(|feature| (feature.name.to_string(), feature.there.into())).collect();
+    let instead: serde_json::Map<_, _> = probe
+        .features
+        .iter()
+        .filter(|feature| !feature.there && !feature.instead.is_empty())
+        .map(|feature| (feature.name.to_string(), feature.instead.into()))
+        .collect();
     serde_json::json!({
         "name": backend.name,
         "summary": backend.summary,
@@ -155,6 +172,7 @@ fn json(backend: &Backend) -> serde_json::Value {
             "lacks": capability.lacks,
             "privileges": capability.privileges,
         },
-        "probe": { "dump": state(&probe.dump), "restore": state(&probe.restore), "features": features },
+        "probe": { "dump": state(&probe.dump), "restore": state(&probe.restore), "features": features,
+            "instead": instead },
     })
 }

@@ -104,9 +104,11 @@ fn ready<'a, F>(
     let mut ready = Vec::new();
     for &backend in chosen {
         match (availability(&(backend.probe)()), part(backend)) {
-            (Availability::Available, Some(part)) => ready.push((backend, part)),
+            (Availability::Available | Availability::Reduced(_), Some(part)) => ready.push((backend, part)),
             (Availability::Unavailable(why), _) => verdict.unavailable(backend, why),
-            (Availability::Available, None) => verdict.unavailable(backend, "it cannot do this"),
+            (Availability::Available | Availability::Reduced(_), None) => {
+                verdict.unavailable(backend, "it cannot do this")
+            }
         }
     }
     ready
@@ -214,17 +216,15 @@ fn host(chosen: &[&Backend]) -> anyhow::Result<ExitCode> {
     for backend in chosen {
         let probe = (backend.probe)();
         for (what, availability) in [("dump", &probe.dump), ("restore", &probe.restore)] {
-            let said = match availability {
-                Availability::Available => {
-                    usable = true;
-                    "works here".to_string()
-                }
-                Availability::Unavailable(why) => format!("not here: {why}"),
-            };
+            usable |= !matches!(availability, Availability::Unavailable(_));
+            let said = backends::available(availability);
             let _ = writeln!(text, "  {:<10} {what:<8} {said}", backend.name);
         }
-        for (feature, there) in &probe.features {
-            let _ = writeln!(text, "  {:<10} {:<8} {feature}", "", if *there { "has" } else { "has no" });
+        for feature in &probe.features {
+            let _ = match feature.there {
+                true => writeln!(text, "  {:<10} {:<8} {}", "", "has", feature.name),
+                false => writeln!(text, "  {:<10} {:<8} {}", "", "has no", backends::in_words(feature)),
+            };
         }
     }
     output::print(&text);

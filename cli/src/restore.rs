@@ -17,7 +17,7 @@ use ckpt_core::restore::prepare;
 use ckpt_core::store::ImageReader;
 use ckpt_core::{Pid, RestoreError, Restorer};
 
-use ckpt_userfault::{Figures, OnLoss, Pager, PagesFrom, Stub, Told, UserfaultRestorer, WorkingSetUse};
+use ckpt_userfault::{Figures, Host, OnLoss, Pager, PagesFrom, Stub, Told, UserfaultRestorer, WorkingSetUse};
 
 use crate::failure::Usage;
 use crate::page_server::Shown;
@@ -78,8 +78,13 @@ pub struct Restore {
     #[arg(long, conflicts_with = "record_working_set", help_heading = LAZY)]
     ignore_working_set: bool,
 
+    /// Record the working set in this directory, and look for it there, instead of beside the image: if that is at a
+    /// page server, or not to be written
+    #[arg(long, value_name = "DIR", conflicts_with = "ignore_working_set", help_heading = LAZY)]
+    working_set: Option<PathBuf>,
+
     /// Get the image from a page server: -D is its name there
-    #[arg(long, value_name = "HOST:PORT", conflicts_with = "record_working_set", help_heading = LAZY)]
+    #[arg(long, value_name = "HOST:PORT", help_heading = LAZY)]
     pages_from: Option<String>,
 
     #[command(flatten)]
@@ -110,7 +115,32 @@ enum Loss {
     Stop,
 }
 
+fn is_lazy(backend: Option<&str>) -> bool {
+    backend == Some("userfault")
+}
+
 impl Restore {
+    /// Options that are of no use with this backend, or with each other.
+    fn check(&self, backend: Option<&str>) -> anyhow::Result<()> {
+        let lazy = [
+            ("--on-pager-loss", self.on_pager_loss.is_some()),
+            ("--json", self.json),
+            ("--record-working-set", self.record_working_set.is_some()),
+            ("--ignore-working-set", self.ignore_working_set),
+            ("--working-set", self.working_set.is_some()),
+            ("--pages-from", self.pages_from.is_some()),
+            ("--token-file or --tls-certificate", self.shown.is_given()),
+        ];
+        if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given && !is_lazy(backend)) {
+            return Err(Usage(format!("{option} goes with --backend userfault")).into());
+        }
+        if self.pages_from.is_some() && self.record_working_set.is_some() && self.working_set.is_none() {
+            let why = "with --pages-from a recording takes --working-set DIR, a directory of this host to keep it in";
+            return Err(Usage(why.into()).into());
+        }
+        Ok(())
+    }
+
     fn page_server(&self) -> anyhow::Result<Option<PagesFrom>> {
         let Some(address) = &self.pages_from else {
             if self.shown.is_given() {
@@ -127,16 +157,22 @@ impl Restore {
         }))
     }
 
-    fn working_set(&self) -> anyhow::Result<WorkingSetUse> {
-        if self.ignore_working_set || self.pages_from.is_some() {
+    fn working_set(&self, stub: Option<&Stub>) -> anyhow::Result<WorkingSetUse> {
+        if self.ignore_working_set {
             return Ok(WorkingSetUse::Ignore);
         }
-        // The pager works in another directory.
-        let Ok(image) = self.directory.canonicalize() else { return Ok(WorkingSetUse::Ignore) };
-        let Some(within) = self.record_working_set else { return Ok(WorkingSetUse::Use { image }) };
-        nix::unistd::access(&image, nix::unistd::AccessFlags::W_OK)
-            .map_err(|errno| anyhow::anyhow!("no working set can be recorded in {}: {errno}", image.display()))?;
-        Ok(WorkingSetUse::Record { image, within: within.map(Duration::from_secs) })
+        let beside = stub.is_none().then_some(&self.directory);
+        let Some(within) = self.record_working_set else {
+            // The pager works in another directory.
+            let directory = self.working_set.as_ref().or(beside).and_then(|directory| directory.canonicalize().ok());
+            let fetched = stub.map(Stub::working_sets).cloned().unwrap_or_default();
+            return Ok(WorkingSetUse::Use { directory, fetched });
+        };
+        let directory = self.working_set.as_ref().unwrap_or(&self.directory);
+        let failed = |why: String| anyhow::anyhow!("no working set can be recorded in {}: {why}", directory.display());
+        let found = directory.canonicalize().map_err(|error| failed(error.to_string()))?;
+        nix::unistd::access(&found, nix::unistd::AccessFlags::W_OK).map_err(|errno| failed(errno.to_string()))?;
+        Ok(WorkingSetUse::Record { directory: found, within: within.map(Duration::from_secs) })
     }
 }
 
@@ -147,33 +183,22 @@ enum Way {
 }
 
 impl Way {
-    fn choose(backend: Option<&str>, verb: &Restore, begun: Instant) -> anyhow::Result<Way> {
-        let plain = backends::restorer(backend)?;
-        if backend == Some("userfault") {
-            let defaults = ckpt_userfault::Options { begun, ..Default::default() };
-            return Ok(Way::Lazy(Box::new(UserfaultRestorer::new(ckpt_userfault::Options {
-                on_loss: match verb.on_pager_loss {
-                    Some(Loss::Stop) => OnLoss::Stop,
-                    _ => OnLoss::Kill,
-                },
-                sweep: !verb.no_sweep,
-                working_set: verb.working_set()?,
-                pages_from: verb.page_server()?,
-                ..defaults
-            }))));
+    fn lazy(verb: &Restore, begun: Instant, server: Option<(PagesFrom, &Stub)>) -> anyhow::Result<Way> {
+        if let Some(why) = Host::here().obstacle() {
+            output::tell_aside(&why);
         }
-        let lazy = [
-            ("--on-pager-loss", verb.on_pager_loss.is_some()),
-            ("--json", verb.json),
-            ("--record-working-set", verb.record_working_set.is_some()),
-            ("--ignore-working-set", verb.ignore_working_set),
-            ("--pages-from", verb.pages_from.is_some()),
-            ("--token-file or --tls-certificate", verb.shown.is_given()),
-        ];
-        if let Some((option, _)) = lazy.into_iter().find(|(_, given)| *given) {
-            return Err(Usage(format!("{option} goes with --backend userfault")).into());
-        }
-        Ok(Way::Plain(plain))
+        let working_set = verb.working_set(server.as_ref().map(|(_, stub)| *stub))?;
+        Ok(Way::Lazy(Box::new(UserfaultRestorer::new(ckpt_userfault::Options {
+            on_loss: match verb.on_pager_loss {
+                Some(Loss::Stop) => OnLoss::Stop,
+                _ => OnLoss::Kill,
+            },
+            sweep: !verb.no_sweep,
+            working_set,
+            pages_from: server.map(|(from, _)| from),
+            begun,
+            ..Default::default()
+        }))))
     }
 
     fn restorer(&self) -> &dyn Restorer {
@@ -181,15 +206,6 @@ impl Way {
             Way::Plain(restorer) => &**restorer,
             Way::Lazy(restorer) => &**restorer,
         }
-    }
-
-    /// What stands for an image that a page server has.
-    fn fetch(&self) -> anyhow::Result<Option<Stub>> {
-        let from = match self {
-            Way::Lazy(restorer) => restorer.options().pages_from.as_ref(),
-            Way::Plain(_) => None,
-        };
-        from.map(|from| ckpt_userfault::fetch(from).map_err(anyhow::Error::msg)).transpose()
     }
 
     fn fetch_eager(&self, stub: Option<&Stub>, reader: &dyn ImageReader) -> anyhow::Result<()> {
@@ -284,11 +300,20 @@ fn in_words(figures: &Figures) -> String {
 
 pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
-    let way = Way::choose(backend, verb, begun)?;
+    let plain = backends::restorer(backend)?;
+    verb.check(backend)?;
+    let from = verb.page_server()?;
     let mut pidfile = verb.pidfile.as_deref().map(Pidfile::new).transpose()?;
     sys::interrupt_on_signals();
-    let stub = way.fetch()?;
-    let reader = ckpt_formats::open(stub.as_ref().map_or(&verb.directory, |stub| stub.path()))?;
+    let stub = from.as_ref().map(|from| ckpt_userfault::fetch(from).map_err(anyhow::Error::msg)).transpose()?;
+    let way = match is_lazy(backend) {
+        false => Way::Plain(plain),
+        true => Way::lazy(verb, begun, from.zip(stub.as_ref()))?,
+    };
+    let reader = match &stub {
+        None => ckpt_formats::open(&verb.directory)?,
+        Some(stub) => ckpt_formats::open_files(stub.name(), stub.files().context("opening what was fetched")?)?,
+    };
     way.fetch_eager(stub.as_ref(), &*reader)?;
     wait_for_the_dead(reader.image());
     let ignore_cgroups = verb.cgroup == Cgroups::Ignore;
@@ -324,7 +349,6 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
     }
     tracing::info!("process {root} goes on after {}", human::duration(begun.elapsed()));
     drop(reader);
-    // Open files stay.
     drop(stub);
     let pager = way.pager();
     let Some(signals) = signals else {
@@ -337,14 +361,17 @@ pub fn run(backend: Option<&str>, verb: &Restore) -> anyhow::Result<ExitCode> {
                 if pager.is_some() { "; its memory follows" } else { "" }
             ),
         );
-        return match pager.filter(|_| verb.json).map(|pager| pager.listen()) {
-            Some(Told::Done(figures)) => {
-                output::print(&format!("{}\n", serde_json::to_string_pretty(&figures)?));
-                Ok(ExitCode::SUCCESS)
-            }
-            Some(Told::Failed(why)) => Err(anyhow::anyhow!(why)),
-            None => Ok(ExitCode::SUCCESS),
+        if !verb.json {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let figures = match (pager.map(|pager| pager.listen()), &way) {
+            (Some(Told::Done(figures)), _) => *figures,
+            (Some(Told::Failed(why)), _) => return Err(anyhow::anyhow!(why)),
+            (None, Way::Lazy(restorer)) => restorer.figures_without_pager(),
+            (None, Way::Plain(_)) => return Ok(ExitCode::SUCCESS),
         };
+        output::print(&format!("{}\n", serde_json::to_string_pretty(&figures)?));
+        return Ok(ExitCode::SUCCESS);
     };
     let mut listening = Listening { pager };
     let mut requests = listener.map(|listener| listener.serve(root, None));

@@ -3,7 +3,9 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use ckpt_core::Pid;
 use ckpt_core::procfs::ProcDir;
@@ -32,15 +34,23 @@ while True:
 "#;
 
 fn dumped(workshop: &Workshop) -> Pid {
-    let mut program = Companion::python(PROGRAM, workshop.path());
+    dumped_in(workshop, |command| command)
+}
+
+/// The same, where something is done to each command before it runs.
+fn dumped_in(workshop: &Workshop, container: fn(&mut Command) -> &mut Command) -> Pid {
+    let mut command = Command::new("/usr/bin/python3");
+    command.arg("-c").arg(PROGRAM).current_dir(workshop.path()).stdin(Stdio::null());
+    container(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let mut program = Companion::start(command);
     wait_until("the program is ready", || workshop.path().join("ready").exists());
-    run(&mut dump(program.pid(), &workshop.image(), &[])).assert_done();
+    run(container(&mut dump(program.pid(), &workshop.image(), &[]))).assert_done();
     let pid = program.pid();
     assert!(!end_of(&mut program.0).success(), "it was killed");
     pid
 }
 
-fn restore(workshop: &Workshop, more: &[&str]) -> std::process::Command {
+fn restore(workshop: &Workshop, more: &[&str]) -> Command {
     let mut command = ckpt(["--backend", "userfault", "restore", "-D"]);
     command.arg(workshop.image()).args(more).current_dir(workshop.path());
     command
@@ -74,6 +84,85 @@ fn figures_come_when_all_memory_is_there() {
     assert!(!misses_memory(pid), "nothing of it is left to be seen");
     let fds = numbers_in(Path::new(&format!("/proc/{pid}/fd")));
     assert!(fds.iter().all(|&fd| fd <= 2), "{fds:?}");
+    check(&workshop, 1);
+    kill(pid, libc::SIGKILL);
+}
+
+/// Has a command's userfaultfd(2) fail with EPERM, as the filters of containers do.
+fn without_userfaultfd(command: &mut Command) -> &mut Command {
+    let filter = |code: u32, k: u32, jump_true: u8| libc::sock_filter { code: code as u16, jt: jump_true, jf: 0, k };
+    let program = [
+        // The number of the call; of this architecture is what runs here.
+        filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_userfaultfd as u32, 1),
+        filter(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+        filter(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0),
+    ];
+    // SAFETY: prctl with a filter that lives through the call.
+    unsafe {
+        command.pre_exec(move || {
+            let program = libc::sock_fprog { len: 4, filter: program.as_ptr().cast_mut() };
+            match libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        })
+    }
+}
+
+#[test]
+fn where_the_system_call_is_forbidden_the_device_is_used() {
+    let workshop = Workshop::new();
+    let pid = dumped_in(&workshop, without_userfaultfd);
+    let features = |command: &mut Command| {
+        let outcome = run(command);
+        outcome.assert_done();
+        let all: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+        all[0]["probe"].clone()
+    };
+    let here = features(&mut ckpt(["--backend", "userfault", "backends", "--json"]));
+    assert_eq!(here["features"]["userfaultfd(2)"], true, "{here}");
+    let forbidden = features(without_userfaultfd(&mut ckpt(["--backend", "userfault", "backends", "--json"])));
+    assert_eq!(forbidden["features"]["userfaultfd(2)"], false, "{forbidden}");
+    assert_eq!(forbidden["instead"]["userfaultfd(2)"], "/dev/userfaultfd is used", "{forbidden}");
+    assert_eq!(forbidden["restore"], serde_json::json!({ "available": true }), "{forbidden}");
+    let said = run(without_userfaultfd(&mut ckpt(["--backend", "userfault", "check"])));
+    assert!(said.out.contains("has no   userfaultfd(2): /dev/userfaultfd is used"), "{said:#?}");
+
+    run(without_userfaultfd(&mut restore(&workshop, &["-d", "--no-sweep"]))).assert_done();
+    assert!(misses_memory(pid), "it follows");
+    check(&workshop, 1);
+    kill(pid, libc::SIGKILL);
+}
+
+#[test]
+fn where_neither_is_there_all_memory_comes_before_the_release_and_that_is_said() {
+    let workshop = Workshop::new();
+    let pid = dumped_in(&workshop, without_userfaultfd);
+    // In a file system namespace of its own, where the device cannot be opened.
+    let mut command = restore(&workshop, &["-d", "--json"]);
+    let device = std::ffi::CString::new("/dev/userfaultfd").unwrap();
+    let elsewhere = std::ffi::CString::new("/dev/null").unwrap();
+    // SAFETY: plain system calls, with strings that live through them.
+    unsafe {
+        command.pre_exec(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+            let nothing = std::ptr::null();
+            let private = libc::mount(nothing, c"/".as_ptr(), nothing, libc::MS_REC | libc::MS_PRIVATE, nothing.cast());
+            match private | libc::mount(elsewhere.as_ptr(), device.as_ptr(), nothing, libc::MS_BIND, nothing.cast()) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    let outcome = run(without_userfaultfd(&mut command));
+    outcome.assert_done();
+    let said = "all memory is brought in before the release: userfaultfd is not permitted";
+    assert!(outcome.errors.iter().any(|line| line.contains(said)), "{outcome:#?}");
+    assert!(!misses_memory(pid));
+    let figures: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+    assert!(figures["pages"]["eager"].as_f64().unwrap() >= 4096.0, "{figures}");
+    assert_eq!(figures["faults"], 0, "{figures}");
     check(&workshop, 1);
     kill(pid, libc::SIGKILL);
 }
@@ -156,6 +245,15 @@ fn a_recorded_working_set_saves_the_faults_of_the_next_time() {
     assert!(number(&used, "/faults") * 20.0 < number(&plain, "/faults"), "95 % fewer: {used}");
     let ignored = restored(&["--no-sweep", "--ignore-working-set"], 1, &|| {});
     assert_eq!(number(&ignored, "/pages/working_set"), 0.0, "{ignored}");
+    // A new recording, which ends by itself, is compared with the one before.
+    let again = restored(&["--record-working-set=1"], 1, &|| {
+        wait_until("the recording is over", || !workshop.image().join("working-set.recording").exists());
+    });
+    let before = |what: &str| number(&again, &format!("/recorded/before/{what}"));
+    assert_eq!(before("pages"), number(&recorded, "/recorded/pages"), "{again}");
+    assert_eq!(before("pages"), before("hits") + before("wasted"), "{again}");
+    let rate = 100.0 * before("hits") / number(&again, "/recorded/pages");
+    assert!(rate > 90.0 && (before("hit_rate") - rate).abs() < 0.01, "the same work: {again}");
 
     // A damaged one is a hint that is not taken.
     let file = workshop.image().join("working-set");

@@ -469,6 +469,105 @@ fn on_a_slow_line_pages_are_compressed() {
     assert!(passed + (5 << 20) < pages, "{passed} bytes for {pages}, of which 8 MiB are nearly zeros");
 }
 
+/// What is recorded where the image is at a server stays on this host, and is used from there; what the server has beside
+/// the image is used by all.
+#[test]
+fn working_sets_go_with_a_page_server() {
+    let place = dumped();
+    let server = place.serve("127.0.0.1:0", |_| {});
+    let here = place.workshop.path();
+    let sets = here.join("sets");
+    fs::create_dir(&sets).unwrap();
+    let sets = sets.to_str().unwrap();
+
+    let without = run(&mut place.restore(&server.address, "image", &["-d", "--record-working-set"]));
+    without.assert_error(BAD_USAGE, &["--pages-from", "--working-set DIR"]);
+    let missing = ["-d", "--record-working-set", "--working-set", "nowhere"];
+    run(&mut place.restore(&server.address, "image", &missing)).assert_error(FAILED, &["nowhere", "no working set"]);
+    assert!(place.is_gone());
+
+    // Restores it, has it check all of its memory, does something more, and ends it.
+    let restored = |more: &[&str], before_the_end: &dyn Fn()| -> serde_json::Value {
+        for file in ["check", "checked", "pid"] {
+            let _ = fs::remove_file(here.join(file));
+        }
+        let options = [&["-d", "--json", "--pidfile", "pid"], more].concat();
+        let running = start(&mut place.restore(&server.address, "image", &options));
+        wait_until("it is back", || here.join("pid").exists());
+        place.check();
+        before_the_end();
+        kill(place.pid, libc::SIGKILL);
+        let outcome = running.wait();
+        outcome.assert_done();
+        wait_until("it is gone", || place.is_gone());
+        serde_json::from_str(&outcome.out).unwrap()
+    };
+    let number = |figures: &serde_json::Value, path: &str| figures.pointer(path).unwrap().as_f64().unwrap();
+
+    let plain = restored(&["--no-sweep"], &|| {});
+    assert!(number(&plain, "/faults") > 4000.0, "{plain}");
+    assert_eq!(plain["working_set_guessed"], true, "the guess of the dump is at the server: {plain}");
+    assert!(number(&plain, "/pages/working_set") > 0.0, "{plain}");
+
+    let recorded = restored(&["--record-working-set", "--working-set", sets], &|| {
+        run(&mut ckpt(["working-set", "stop", "-D", sets])).assert_done();
+    });
+    assert!(number(&recorded, "/recorded/pages") > 4000.0, "{recorded}");
+    assert_eq!(names(Path::new(sets)), ["working-set"]);
+    assert!(!place.images().join("image/working-set").exists(), "a server is only read from");
+
+    let few = |figures: &serde_json::Value| {
+        assert!(number(figures, "/pages/working_set") > 4000.0, "{figures}");
+        assert!(number(figures, "/faults") * 20.0 < number(&plain, "/faults"), "95 % fewer: {figures}");
+        assert_eq!(figures["working_set_guessed"], false, "{figures}");
+    };
+    few(&restored(&["--no-sweep", "--working-set", sets], &|| {}));
+    let ignored = restored(&["--no-sweep", "--ignore-working-set"], &|| {});
+    assert_eq!(number(&ignored, "/pages/working_set"), 0.0, "{ignored}");
+    // Put beside the image, all who restore it have it.
+    fs::copy(Path::new(sets).join("working-set"), place.images().join("image/working-set")).unwrap();
+    few(&restored(&["--no-sweep"], &|| {}));
+    // One that is damaged is not taken, and that is said.
+    fs::write(place.images().join("image/working-set"), "nonsense").unwrap();
+    let damaged = restored(&["--no-sweep"], &|| {});
+    assert!(number(&damaged, "/pages/working_set") < 1000.0, "{damaged}");
+    assert!(damaged["working_set_trouble"].as_str().unwrap().contains("page server's working set"), "{damaged}");
+}
+
+/// However the command ends, nothing of what it has fetched stays on this host.
+#[test]
+fn a_killed_restore_leaves_no_files() {
+    let place = dumped();
+    let temporary = place.workshop.path().join("temporary");
+    fs::create_dir(&temporary).unwrap();
+    let server = place.serve("127.0.0.1:0", |_| {});
+    // Three points: little of the manifest has come, all of it but not the pages, and the tree runs.
+    let manifest = fs::metadata(place.images().join("image/image.cbor")).unwrap().len();
+    static MOST: AtomicU64 = AtomicU64::new(0);
+    for most in [manifest / 2, manifest + 4096, u64::MAX] {
+        MOST.store(most, Ordering::SeqCst);
+        let (address, passed) =
+            proxy(&server.address, |to, bytes, own| own > MOST.load(Ordering::SeqCst) || to.write_all(bytes).is_ok());
+        let mut running = start(place.restore(&address, "image", &["--no-sweep"]).env("TMPDIR", &temporary));
+        let pid = Pid(running.child.id() as i32);
+        let open = || {
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            fds.filter_map(|fd| fs::read_link(fd.path()).ok()).filter(|file| file.starts_with(&temporary)).count()
+        };
+        match most {
+            u64::MAX => place.wait_until_it_runs(),
+            most => {
+                wait_until("so much has come", || passed.load(Ordering::SeqCst) > most);
+                assert!(open() > 0, "what it has fetched is there");
+            }
+        }
+        running.child.kill().unwrap();
+        end_of(&mut running.child);
+        assert_eq!(names(&temporary), Vec::<String>::new(), "left behind after {most} bytes");
+    }
+    place.check();
+}
+
 /// In the middle of its work a server stops to answer, or what comes is nonsense: the tree is given up in time.
 #[test]
 fn a_server_that_goes_bad_under_a_running_tree_ends_it() {

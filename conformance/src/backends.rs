@@ -8,7 +8,7 @@ use ckpt_core::store::ImageReader;
 use ckpt_core::{Backend, Restorer, inventory};
 use ckpt_preload as _;
 use ckpt_ptrace as _;
-use ckpt_userfault::{Options, PageServer, PagesFrom, Stub, Token, UserfaultRestorer};
+use ckpt_userfault::{Options, PageServer, PagesFrom, Token, UserfaultRestorer};
 use nix::unistd::{ForkResult, fork};
 
 // Once more with no sweep and nothing filled beforehand that need not be: every page comes by a fault.
@@ -57,7 +57,6 @@ fn from_server(image: &str) -> Options {
 pub struct Opened {
     pub restorer: Box<dyn Restorer>,
     pub reader: Box<dyn ImageReader>,
-    _stub: Option<Stub>,
 }
 
 /// Opens an image for a restore by a backend: from its directory, or from a page server, which is started.
@@ -65,16 +64,17 @@ pub fn open(backend: &Backend, image: &Path) -> Result<Opened, String> {
     let reader = |image: &Path| ckpt_formats::open(image).map_err(|error| error.to_string());
     if backend.name != FROM_SERVER {
         let restorer = backend.restorer.ok_or("it has no restorer")?();
-        return Ok(Opened { restorer, reader: reader(image)?, _stub: None });
+        return Ok(Opened { restorer, reader: reader(image)? });
     }
     let name = image.file_name().and_then(|name| name.to_str()).ok_or("an image without a name")?;
     start_server(image.parent().ok_or("an image without a directory")?)?;
     let options = from_server(name);
     let from = options.pages_from.as_ref().expect("it has a server");
     let stub = ckpt_userfault::fetch(from)?;
-    let reader = reader(stub.path())?;
+    let files = stub.files().map_err(|error| error.to_string())?;
+    let reader = ckpt_formats::open_files(stub.name(), files).map_err(|error| error.to_string())?;
     ckpt_userfault::fetch_eager(from, &stub, &*reader, &options)?;
-    Ok(Opened { restorer: Box::new(UserfaultRestorer::new(options)), reader, _stub: Some(stub) })
+    Ok(Opened { restorer: Box::new(UserfaultRestorer::new(options)), reader })
 }
 
 /// Starts the server of a trial, where it does not run yet. It ends with the namespaces of the trial.

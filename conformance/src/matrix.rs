@@ -156,7 +156,8 @@ fn skip(required: bool, why: String) -> Todo {
 fn reason(availability: &Availability) -> Option<&str> {
     match availability {
         Availability::Available => None,
-        Availability::Unavailable(why) => Some(why),
+        // What it is tried for is not there: that it passes would say nothing.
+        Availability::Reduced(why) | Availability::Unavailable(why) => Some(why),
     }
 }
 

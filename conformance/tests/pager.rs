@@ -21,7 +21,7 @@ use ckpt_core::backend::{DumpOptions, RestoreOptions};
 use ckpt_core::dump::After;
 use ckpt_core::progress::Silent;
 use ckpt_core::{Pid, registry};
-use ckpt_userfault::{OnLoss, Options, Told, UserfaultRestorer};
+use ckpt_userfault::{Host, OnLoss, Options, Told, UserfaultRestorer};
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, fork};
@@ -166,6 +166,10 @@ struct Kind {
     forks: bool,
     on_loss: OnLoss,
     sweep: bool,
+    /// What the host lacks.
+    host: fn(&mut Host),
+    /// Whether private and shared memory follow on such a host.
+    follow: (bool, bool),
     work: fn(&World, &mut u64) -> Result<Ended, String>,
 }
 
@@ -188,10 +192,30 @@ const KINDS: &[Kind] = &[
     kind("a bit of the image flips", 20, flip_a_bit),
     kind("the image is cut short", 10, cut_short),
     kind("the restore command is killed", 60, kill_command),
+    Kind { sweep: false, follow: (true, true), ..kind("a host with all there is to wish for", 2, look_what_follows) },
+    Kind {
+        sweep: false,
+        host: |host| host.features &= !ckpt_userfault::SHARED,
+        follow: (true, false),
+        ..kind("a kernel without userfaultfd for shared memory", 2, look_what_follows)
+    },
+    Kind {
+        sweep: false,
+        // The events of mremap alone, say.
+        host: |host| host.features &= !(ckpt_userfault::NEEDED & 1 << 2),
+        ..kind("a kernel without a needed event", 2, look_what_follows)
+    },
+    Kind {
+        sweep: false,
+        host: |host| host.call = Err(nix::errno::Errno::EPERM),
+        follow: (true, true),
+        ..kind("a host that forbids the system call", 2, look_what_follows)
+    },
 ];
 
 const fn kind(name: &'static str, trials: usize, work: fn(&World, &mut u64) -> Result<Ended, String>) -> Kind {
-    Kind { name, trials, forks: false, on_loss: OnLoss::Kill, sweep: true, work }
+    let (host, follow): (fn(&mut Host), _) = (|_| {}, (false, false));
+    Kind { name, trials, forks: false, on_loss: OnLoss::Kill, sweep: true, host, follow, work }
 }
 
 fn start_kind(kind: &Kind) -> Result<(), String> {
@@ -352,7 +376,9 @@ impl Child {
 
 impl World<'_> {
     fn options(&self) -> Options {
-        Options { on_loss: self.kind.on_loss, sweep: self.kind.sweep, ..Options::default() }
+        let mut host = Host::here().clone();
+        (self.kind.host)(&mut host);
+        Options { on_loss: self.kind.on_loss, sweep: self.kind.sweep, host, ..Options::default() }
     }
 
     /// Restores in a child, which listens to the pager then, if that is wanted.
@@ -631,6 +657,38 @@ fn cut_short(world: &World, state: &mut u64) -> Result<Ended, String> {
     };
     fs::copy(&copy, world.image.join("pages.bin")).map_err(|error| error.to_string())?;
     Ok(ended)
+}
+
+/// What of the tree's memory follows, and what was there before, is as the host allows it; and all of it is right.
+fn look_what_follows(world: &World, _state: &mut u64) -> Result<Ended, String> {
+    // By reading, which leaves the file as it is.
+    let board = File::open(world.image.with_file_name(BOARD)).map_err(|error| error.to_string())?;
+    let looked = || {
+        let mut word = [0; 4];
+        board.read_exact_at(&mut word, LOOKED as u64 * 4).map(|()| u32::from_ne_bytes(word)).unwrap_or(0)
+    };
+    let before = looked();
+    let restore = world.restore(false)?;
+    wait_for("the restore", || !restore.is_running())?;
+    restore.join()?;
+    let smaps = fs::read(format!("/proc/{}/smaps", world.root)).map_err(|error| error.to_string())?;
+    let mappings = ckpt_core::procfs::Mapping::parse_all(&smaps).ok_or("smaps that cannot be read")?;
+    // The two halves of the subject's memory.
+    let half = (PAGES / 2 * PAGE) as u64;
+    let follows = |shared: bool| {
+        let mut halves = mappings.iter().filter(|it| it.shared == shared && it.end - it.start >= half);
+        halves.any(|it| it.has("um"))
+    };
+    let found = (follows(false), follows(true));
+    if found != world.kind.follow {
+        return Err(format!("(private, shared) memory should follow: {:?}, and does: {found:?}", world.kind.follow));
+    }
+    let has_pager = living().into_iter().any(|pid| is_named(pid, PAGER));
+    if has_pager != (world.kind.follow.0 || world.kind.follow.1) {
+        return Err(format!("there is a pager: {has_pager}"));
+    }
+    wait_for("the tree to look at its memory", || looked() > before + 5000)?;
+    Ok(Ended::Tried)
 }
 
 /// At any moment, also before the release: the tree is gone, or goes on with a pager that does not need the command.

@@ -45,13 +45,31 @@ pub struct Capability {
 pub struct Probe {
     pub dump: Availability,
     pub restore: Availability,
-    /// Kernel features that make a difference, present or not: ("PAGEMAP_SCAN", true).
-    pub features: Vec<(&'static str, bool)>,
+    /// What of this host makes a difference.
+    pub features: Vec<Feature>,
+}
+
+/// Something that a host has or has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// "PAGEMAP_SCAN (kernel 6.7)".
+    pub name: &'static str,
+    pub there: bool,
+    /// What is done where it is not there, in words; empty where there is nothing that could be.
+    pub instead: &'static str,
+}
+
+impl Feature {
+    pub const fn new(name: &'static str, there: bool, instead: &'static str) -> Feature {
+        Feature { name, there, instead }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Availability {
     Available,
+    /// It works, but what makes it worth choosing is not there. With what is missing, and what is done instead.
+    Reduced(String),
     /// With the reason and, where there is one, the way out.
     Unavailable(String),
 }

@@ -29,7 +29,7 @@ pub mod restore;
 pub mod store;
 mod target;
 
-pub use backend::{Availability, Backend, Capability, Dumper, Frozen, Probe, Restorer, Skeleton};
+pub use backend::{Availability, Backend, Capability, Dumper, Feature, Frozen, Probe, Restorer, Skeleton};
 pub use batch::{Batch, Replies};
 pub use error::{DumpError, Refusal, RestoreError, StoreError};
 pub use image::Image;

@@ -102,6 +102,10 @@ impl ImageReader for Renamed<'_> {
         self.reader.page_checksums(extent)
     }
 
+    fn checksum_table(&self) -> (BorrowedFd<'_>, u64) {
+        self.reader.checksum_table()
+    }
+
     fn damaged_page(&self, page: u64) -> StoreError {
         self.reader.damaged_page(page)
     }

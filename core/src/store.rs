@@ -46,6 +46,10 @@ pub trait ImageReader: Send + Sync {
     /// The saved CRC-32C of each page of an extent.
     fn page_checksums(&self, extent: PageExtent) -> Result<Vec<u32>, StoreError>;
 
+    /// Where the same are for all pages: a file, and the place in it of the first; four bytes for each, little-endian. For
+    /// whoever wants a few of very many, or is another process.
+    fn checksum_table(&self) -> (BorrowedFd<'_>, u64);
+
     /// A damaged page, for the error: which file and page it was.
     fn damaged_page(&self, page: u64) -> StoreError;
 

@@ -23,5 +23,5 @@ pub mod wire;
 mod writer;
 
 pub use check::{CheckReport, check};
-pub use reader::{Reader, find_page, open};
+pub use reader::{Reader, find_page, open, open_files};
 pub use writer::create;

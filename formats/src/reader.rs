@@ -1,7 +1,8 @@
 //! Reads an image.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,16 @@ pub fn open(directory: &Path) -> Result<Box<dyn ImageReader>, StoreError> {
     Ok(Box::new(Reader::open(directory)?))
 }
 
+/// Opens an image whose files are open already, as [`open`] does one in a directory. `name` stands for its directory in
+/// messages; the files are by their names there.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_files(name: &Path, files: BTreeMap<String, File>) -> Result<Box<dyn ImageReader>, StoreError> {
+    let files = Files { path: name.to_path_buf(), place: Place::Files(files) };
+    Ok(Box::new(Reader::open_in(files)?))
+}
+
 /// An open image.
 pub struct Reader {
     files: Files,
@@ -48,7 +59,11 @@ impl Reader {
             let why = "an image is a directory".into();
             return Err(StoreError::NotAnImage { path: directory.to_path_buf(), why });
         }
-        let files = Files { path: directory.to_path_buf(), directory: opened };
+        Reader::open_in(Files { path: directory.to_path_buf(), place: Place::Directory(opened) })
+    }
+
+    fn open_in(files: Files) -> Result<Reader, StoreError> {
+        let directory = &*files.path.clone();
         let Some((manifest, manifest_size)) = files.open(MANIFEST)? else {
             let why = format!("it has no {MANIFEST}");
             return Err(StoreError::NotAnImage { path: directory.to_path_buf(), why });
@@ -141,6 +156,10 @@ impl ImageReader for Reader {
         Ok(checksums.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
     }
 
+    fn checksum_table(&self) -> (BorrowedFd<'_>, u64) {
+        (self.manifest.as_fd(), self.table)
+    }
+
     fn damaged_page(&self, page: u64) -> StoreError {
         let owner = owner(&self.image, page).map(|owner| format!(", {owner},")).unwrap_or_default();
         let why = format!("page {page}{owner} does not match its checksum");
@@ -202,10 +221,16 @@ fn owner(image: &Image, page: u64) -> Option<String> {
     objects.find_map(|(number, object)| Some(format!("offset {:#x} of shared memory {number}", within(&object.pages)?)))
 }
 
-/// The directory of an image.
+/// The files of an image.
 struct Files {
     path: PathBuf,
-    directory: File,
+    place: Place,
+}
+
+enum Place {
+    Directory(File),
+    /// With no names but these.
+    Files(BTreeMap<String, File>),
 }
 
 impl Files {
@@ -223,7 +248,15 @@ impl Files {
     fn open(&self, name: &str) -> Result<Option<(File, u64)>, StoreError> {
         let path = self.path.join(name);
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-        let file = match openat(&self.directory, name, flags, Mode::empty()) {
+        let opened = match &self.place {
+            Place::Directory(directory) => openat(directory, name, flags, Mode::empty()),
+            // Anew, so that nobody shares its offset.
+            Place::Files(files) => files.get(name).map_or(Err(Errno::ENOENT), |file| {
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                nix::fcntl::open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+            }),
+        };
+        let file = match opened {
             Ok(file) => File::from(file),
             Err(Errno::ENOENT) => return Ok(None),
             Err(Errno::ELOOP) => {

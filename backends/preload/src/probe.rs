@@ -1,6 +1,6 @@
 //! What this host allows the backend now, and why not.
 
-use ckpt_core::backend::{Availability, Probe};
+use ckpt_core::backend::{Availability, Feature, Probe};
 use ckpt_core::image::Image;
 use ckpt_core::{Pid, Refusal};
 
@@ -17,8 +17,12 @@ pub fn probe() -> Probe {
             _ => Availability::Available,
         },
         features: vec![
-            ("PAGEMAP_SCAN (kernel 6.7)", ckpt_agent::process::has_pagemap_scan()),
-            ("ids can be chosen (CAP_CHECKPOINT_RESTORE)", sys::may_choose_ids()),
+            Feature::new("PAGEMAP_SCAN (kernel 6.7)", ckpt_agent::process::has_pagemap_scan(), ""),
+            Feature::new(
+                "ids can be chosen (CAP_CHECKPOINT_RESTORE)",
+                sys::may_choose_ids(),
+                "they are waited for, or virtual ids are given",
+            ),
         ],
     }
 }

@@ -1,7 +1,7 @@
 //! What this host allows the backend now, and why not.
 
 use ckpt_agent::frame;
-use ckpt_core::backend::{Availability, Probe};
+use ckpt_core::backend::{Availability, Feature, Probe};
 use ckpt_core::host::kernel_is_at_least;
 use ckpt_core::image::Image;
 use ckpt_core::procfs::ProcDir;
@@ -52,10 +52,10 @@ pub fn probe() -> Probe {
         dump: availability(may_dump(), DUMP_NEEDS),
         restore: availability(may_restore(), RESTORE_NEEDS),
         features: vec![
-            ("PAGEMAP_SCAN (kernel 6.7)", ckpt_agent::process::has_pagemap_scan()),
-            ("PTRACE_GET_RSEQ_CONFIGURATION (kernel 5.13)", kernel_is_at_least(5, 13)),
-            ("clone3(set_tid) (kernel 5.5)", kernel_is_at_least(5, 5)),
-            ("pidfd_getfd (kernel 5.6)", kernel_is_at_least(5, 6)),
+            Feature::new("PAGEMAP_SCAN (kernel 6.7)", ckpt_agent::process::has_pagemap_scan(), ""),
+            Feature::new("PTRACE_GET_RSEQ_CONFIGURATION (kernel 5.13)", kernel_is_at_least(5, 13), ""),
+            Feature::new("clone3(set_tid) (kernel 5.5)", kernel_is_at_least(5, 5), ""),
+            Feature::new("pidfd_getfd (kernel 5.6)", kernel_is_at_least(5, 6), ""),
         ],
     }
 }

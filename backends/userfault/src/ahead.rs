@@ -9,10 +9,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use ckpt_core::PAGE_SIZE;
-use nix::errno::Errno;
 
 use crate::outstanding::Run;
-use crate::source::Checksums;
+use crate::source::{Checksums, read_all};
 use crate::sys;
 
 /// Pages that are read at a time: 256 KiB.
@@ -142,7 +141,8 @@ fn work(shared: &Shared) {
         drop(state);
         let content = &mut bytes[..(pages * PAGE_SIZE) as usize];
         let run = Run { start: 0, first, pages };
-        let is_good = read(&shared.file, run, content) && shared.checksums.first_wrong(run, content).is_none();
+        let is_good = read_all(&shared.file, content, first * PAGE_SIZE).is_ok()
+            && matches!(shared.checksums.first_wrong(run, content), Ok(None));
         state = shared.lock();
         state.busy = None;
         if is_good {
@@ -152,17 +152,4 @@ fn work(shared: &Shared) {
         }
         shared.changed.notify_all();
     }
-}
-
-fn read(file: &OwnedFd, run: Run, into: &mut [u8]) -> bool {
-    let mut done = 0;
-    while done < into.len() {
-        match nix::sys::uio::pread(file, &mut into[done..], (run.first * PAGE_SIZE) as i64 + done as i64) {
-            Ok(0) => return false,
-            Ok(read) => done += read,
-            Err(Errno::EINTR) => {}
-            Err(_) => return false,
-        }
-    }
-    true
 }

@@ -49,7 +49,7 @@ pub use page_server::channel::{Credentials, Tls};
 pub use page_server::client::{PagesFrom, Stub, fetch, fetch_eager};
 pub use page_server::server::PageServer;
 pub use restorer::{Pager, Told, UserfaultRestorer};
-pub use working_set::{WorkingSet, stop_recording};
+pub use working_set::{Fetched, WorkingSet, stop_recording};
 
 inventory::submit! {
     Backend {
@@ -75,7 +75,7 @@ pub fn capability() -> Capability {
     }
 }
 
-pub use probe::probe;
+pub use probe::{Host, NEEDED, SHARED, Way, probe};
 
 /// How to restore lazily.
 #[derive(Clone, Debug)]
@@ -89,24 +89,28 @@ pub struct Options {
     pub eager_pages: u64,
     /// What to do with the working set of the image.
     pub working_set: WorkingSetUse,
+    /// What of the memory may follow.
+    pub host: Host,
     /// A page server, where the page file is only the stub of one ([`fetch`]).
     pub pages_from: Option<PagesFrom>,
     /// When the restore began, for the figures.
     pub begun: Instant,
 }
 
-/// What to do with the working set of an image, which is a file in its directory. Paths are absolute.
+/// What to do with the working set of an image: a file in its directory, or in another that is meant for it. Paths are
+/// absolute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WorkingSetUse {
     Ignore,
     /// Bring it in before the release, if there is one.
     Use {
-        image: PathBuf,
+        directory: Option<PathBuf>,
+        fetched: Fetched,
     },
     /// Note which pages are touched from the release on, for as long as this, or until [`stop_recording`]. Meanwhile
     /// nothing else is brought in. One that was there before is not used, but compared.
     Record {
-        image: PathBuf,
+        directory: PathBuf,
         within: Option<Duration>,
     },
 }
@@ -118,6 +122,7 @@ impl Default for Options {
             sweep: true,
             eager_pages: 16,
             working_set: WorkingSetUse::Ignore,
+            host: Host::here().clone(),
             pages_from: None,
             begun: Instant::now(),
         }
@@ -164,7 +169,7 @@ fn is_lazy_object(image: &Image, id: ObjectId, object: &Object, options: &Option
         }
     };
     let pages: u64 = object.pages.iter().map(|run| run.extent.pages).sum();
-    if !is_unreachable || pages <= options.eager_pages || !probe::can_register_shared_memory() {
+    if !is_unreachable || pages <= options.eager_pages || !options.host.lets_shared_memory_follow() {
         return false;
     }
     let mappings = image.processes.iter().flat_map(|process| &process.memory.mappings);
@@ -201,7 +206,8 @@ fn is_lazy(memory: &Memory, mapping: &Mapping, options: &Options) -> bool {
     let layout = &memory.layout;
     let named =
         layout.arg_start.min(layout.env_start) < mapping.end && layout.arg_end.max(layout.env_end) > mapping.start;
-    mapping.source == Source::Anonymous
+    options.host.lets_memory_follow()
+        && mapping.source == Source::Anonymous
         && !mapping.shared
         && !is_locked(mapping)
         && !named

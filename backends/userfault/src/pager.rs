@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::memory::{Memory, Object, Pages};
@@ -37,6 +37,8 @@ use crate::{Options, WorkingSetUse, lazy_mappings, lazy_objects};
 const STEP: u64 = 16;
 /// Pages announced ahead of the sweep: 8 MiB.
 const AHEAD: u64 = 2048;
+/// Until it is looked again whether pages of the working set have come from a server.
+const SOON: Duration = Duration::from_micros(50);
 /// Descriptors that the pager will hardly have open at a time: so many, and so many more for each process of the tree. The
 /// kernel's table grows with the numbers that are used, so the limit itself is not the number to use.
 const DESCRIPTORS: (u64, u64) = (4096, 8);
@@ -97,9 +99,12 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
     let lazy = image.processes.iter().flat_map(|process| lazy_mappings(&process.memory, options));
     let lazy = lazy.flat_map(|mapping| &mapping.pages);
     let lazy = lazy.chain(lazy_objects(image, options).flat_map(|(_, object)| &object.pages));
-    let checksums = Checksums::load(reader, lazy).map_err(|error| error.to_string())?;
     let pages = reader.pages().as_raw_fd();
-    sys::keep_only(&[control, pages]).map_err(|error| format!("closing what the pager does not need: {error}"))?;
+    let (sums, table) = reader.checksum_table();
+    let sums = sums.as_raw_fd();
+    sys::keep_only(&[control, pages, sums])
+        .map_err(|error| format!("closing what the pager does not need: {error}"))?;
+    let checksums = Checksums::new(owned(sums), table, lazy);
     let source: Box<dyn Source> = match &options.pages_from {
         Some(from) => Box::new(Remote::new(from.clone(), checksums, reader)),
         None => Box::new(PageFile::new(owned(pages), checksums, reader)),
@@ -191,7 +196,7 @@ pub(crate) enum Reason {
 
 /// The recording of a working set.
 struct Recorder {
-    image: PathBuf,
+    directory: PathBuf,
     until: Option<Instant>,
     touched: WorkingSet,
     _note: Recording,
@@ -389,17 +394,12 @@ impl Pager<'_> {
 
     /// Brings in what was touched first the last time.
     fn bring_working_set(&mut self) -> Result<(), String> {
-        let WorkingSetUse::Use { image } = &self.options.working_set else { return Ok(()) };
+        let WorkingSetUse::Use { directory, fetched } = &self.options.working_set else { return Ok(()) };
         let begun = Instant::now();
-        let set = match WorkingSet::load(image) {
-            Ok(Some(set)) => set,
-            recorded => {
-                self.figures.working_set_trouble = recorded.err();
-                let Some(guess) = WorkingSet::load_guess(image) else { return Ok(()) };
-                self.figures.working_set_guessed = true;
-                guess
-            }
-        };
+        let (set, trouble) = WorkingSet::choose(directory.as_deref(), fetched);
+        self.figures.working_set_trouble = trouble;
+        let Some((set, is_guess)) = set else { return Ok(()) };
+        self.figures.working_set_guessed = is_guess;
         // Where the pages of the page file belong: number, how many, address, space.
         let mut places = Vec::new();
         for (index, space) in self.spaces.iter().enumerate() {
@@ -417,19 +417,30 @@ impl Pager<'_> {
             }
         }
         places.sort_unstable();
+        let mut runs = Vec::new();
         for (first, pages) in set.sorted() {
             let from = places.partition_point(|(start, length, ..)| start + length <= first);
             for &(start, length, address, index) in &places[from..] {
-                let (mut page, end) = (start.max(first), (start + length).min(first + pages));
+                let (page, end) = (start.max(first), (start + length).min(first + pages));
                 if start >= first + pages {
                     break;
                 }
-                while page < end {
-                    let run =
-                        Run { start: address + (page - start) * PAGE_SIZE, first: page, pages: STEP.min(end - page) };
-                    self.bring(index, run, Reason::WorkingSet)?;
-                    page += run.pages;
+                let run = Run { start: address + (page - start) * PAGE_SIZE, first: page, pages: end - page };
+                runs.push((index, run));
+            }
+        }
+        // From far away they come one behind the other, instead of each when it is asked for.
+        if self.options.pages_from.is_some() {
+            runs.iter().for_each(|(_, run)| self.source.announce(*run));
+        }
+        for (index, mut rest) in runs {
+            while rest.pages > 0 {
+                let run = Run { pages: rest.pages.min(STEP), ..rest };
+                while !self.source.is_ready(run)? {
+                    std::thread::sleep(SOON);
                 }
+                self.bring(index, run, Reason::WorkingSet)?;
+                rest = rest.after(run.pages);
             }
         }
         for index in 0..self.spaces.len() {
@@ -440,30 +451,30 @@ impl Pager<'_> {
     }
 
     fn begin_recording(&mut self) {
-        let WorkingSetUse::Record { image, .. } = &self.options.working_set else { return };
+        let WorkingSetUse::Record { directory, .. } = &self.options.working_set else { return };
         // Not to be able to record is no reason to end the tree.
-        let note = match Recording::begin(image) {
+        let note = match Recording::begin(directory) {
             Ok(note) => note,
             Err(error) => {
-                self.figures.working_set_trouble = Some(format!("recording in {}: {error}", image.display()));
+                self.figures.working_set_trouble = Some(format!("recording in {}: {error}", directory.display()));
                 return;
             }
         };
-        self.recorder =
-            Some(Recorder { image: image.clone(), until: None, touched: WorkingSet::default(), _note: note });
+        let (directory, touched) = (directory.clone(), WorkingSet::default());
+        self.recorder = Some(Recorder { directory, until: None, touched, _note: note });
     }
 
     fn end_recording(&mut self) {
         let Some(recorder) = self.recorder.take() else { return };
         let touched = recorder.touched;
-        let before = WorkingSet::load(&recorder.image).ok().flatten().map(|before| {
+        let before = WorkingSet::load(&recorder.directory).ok().flatten().map(|before| {
             let (pages, hits) = (before.pages(), before.shared(&touched));
             let hit_rate = 100.0 * hits as f64 / touched.pages().max(1) as f64;
             Compared { pages, hits, hit_rate, wasted: pages - hits }
         });
         self.figures.recorded = Some(Recorded { pages: touched.pages(), before });
-        if let Err(error) = touched.store(&recorder.image) {
-            let text = format!("writing the working set of {}: {error}", recorder.image.display());
+        if let Err(error) = touched.store(&recorder.directory) {
+            let text = format!("writing the working set of {}: {error}", recorder.directory.display());
             self.figures.working_set_trouble = Some(text);
         }
     }

@@ -1,6 +1,6 @@
 //! The restorer: that of the ptrace backend, with the memory step replaced.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
@@ -19,13 +19,15 @@ use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockTy
 use crate::figures::Figures;
 use crate::pager::{self, message};
 use crate::sys::{self, Userfault};
-use crate::{Options, guardian, is_lazy, lazy_objects, object_of, probe};
+use crate::{Options, Way, WorkingSetUse, guardian, is_lazy, lazy_objects, object_of, probe};
 
 /// Restores trees whose memory follows.
 pub struct UserfaultRestorer {
     options: Options,
     underneath: Option<Box<dyn Restorer>>,
     pager: Rc<RefCell<Option<Pager>>>,
+    /// Pages that were there before the release.
+    filled: Rc<Cell<u64>>,
     /// Before the skeleton's maker ties us to one processor.
     affinity: Option<CpuSet>,
 }
@@ -37,6 +39,7 @@ impl UserfaultRestorer {
             options,
             underneath: underneath.map(|make| make()),
             pager: Rc::default(),
+            filled: Rc::default(),
             affinity: sched_getaffinity(nix::unistd::Pid::from_raw(0)).ok(),
         }
     }
@@ -58,6 +61,18 @@ impl UserfaultRestorer {
             Heard::Told(Told::Failed(why)) => Some(why),
             _ => None,
         }
+    }
+
+    /// What there is to tell of a restore that needs no pager: all memory was there when the tree was released.
+    pub fn figures_without_pager(&self) -> Figures {
+        let release_us = self.options.begun.elapsed().as_micros() as u64;
+        let mut figures = Figures { release_us, complete_us: release_us, ..Figures::default() };
+        figures.pages.eager = self.filled.get();
+        if let WorkingSetUse::Record { .. } = self.options.working_set {
+            figures.working_set_trouble =
+                Some("nothing was recorded, as all memory was there before the release".into());
+        }
+        figures
     }
 
     /// The pager of the tree that was released; none if all of its memory was there before. To be asked once.
@@ -97,6 +112,7 @@ impl Restorer for UserfaultRestorer {
         Box::new(LazyFiller {
             options: self.options.clone(),
             pager: self.pager.clone(),
+            filled: self.filled.clone(),
             affinity: self.affinity,
             objects: Vec::new(),
             unsent: 0,
@@ -205,6 +221,7 @@ fn failed(what: &str) -> impl Fn(io::Error) -> RestoreError {
 struct LazyFiller {
     options: Options,
     pager: Rc<RefCell<Option<Pager>>>,
+    filled: Rc<Cell<u64>>,
     affinity: Option<CpuSet>,
     /// The objects whose pages follow.
     objects: Vec<(ObjectId, OwnedFd)>,
@@ -215,6 +232,11 @@ struct LazyFiller {
 }
 
 impl LazyFiller {
+    fn note_filled(&mut self, pages: u64) {
+        self.eager += pages;
+        self.filled.set(self.filled.get() + pages);
+    }
+
     fn is_shared_lazily(&self, mapping: &Mapping) -> bool {
         object_of(mapping).is_some_and(|(of, _)| self.objects.iter().any(|(id, _)| *id == of))
     }
@@ -233,7 +255,8 @@ impl Filler for LazyFiller {
         self.unsent = self.objects.len();
         let filled = image.memory_objects.iter().enumerate();
         let filled = filled.filter(|(id, _)| !self.objects.iter().any(|(lazy, _)| lazy.0 as usize == *id));
-        self.eager = filled.flat_map(|(_, object)| &object.pages).map(|run| run.extent.pages).sum();
+        let pages = filled.flat_map(|(_, object)| &object.pages).map(|run| run.extent.pages).sum();
+        self.note_filled(pages);
         Ok(())
     }
 
@@ -256,7 +279,7 @@ impl Filler for LazyFiller {
             exe_deleted: memory.exe_deleted,
             lock_future: memory.lock_future,
         };
-        self.eager += rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum::<u64>();
+        self.note_filled(rest.mappings.iter().flat_map(|mapping| &mapping.pages).map(|run| run.extent.pages).sum());
         Eager.fill(process, target, &rest, reader, meter)?;
         let shared: Vec<&Mapping> = memory.mappings.iter().filter(|mapping| self.is_shared_lazily(mapping)).collect();
         if lazy.is_empty() && shared.is_empty() {
@@ -276,8 +299,8 @@ impl Filler for LazyFiller {
             if mappings.is_empty() {
                 continue;
             }
-            let fault = userfault_of(target)?;
-            fault.enable(probe::FEATURES).map_err(failed("userfaultfd"))?;
+            let fault = userfault_of(target, self.options.host.way())?;
+            fault.enable(probe::NEEDED).map_err(failed("userfaultfd"))?;
             for mapping in mappings {
                 let what = format!("registering {:x}-{:x} with userfaultfd", mapping.start, mapping.end);
                 fault.register(mapping.start, mapping.end - mapping.start).map_err(failed(&what))?;
@@ -290,12 +313,26 @@ impl Filler for LazyFiller {
 }
 
 /// Has a process make a userfaultfd, and pass it out.
-fn userfault_of(target: &mut dyn Target) -> Result<Userfault, RestoreError> {
+fn userfault_of(target: &mut dyn Target, way: Option<Way>) -> Result<Userfault, RestoreError> {
     let pid = target.pid();
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
     let mut batch = Batch::new();
-    let fd = batch.call(Sysno::userfaultfd, args![libc::O_CLOEXEC | libc::O_NONBLOCK]);
-    let fd = target.run(&batch).map_err(failed)?.fd(fd);
+    let fd = match way {
+        Some(Way::Device) => {
+            // It is of the memory of whoever makes the call, whoever has opened the device.
+            let device = sys::open_device().map_err(crate::restorer::failed(sys::DEVICE))?;
+            let theirs = target.receive_fd(&mut batch).map_err(failed)?;
+            let fd = batch.call(Sysno::ioctl, &[theirs, sys::USERFAULTFD_IOC_NEW.into(), sys::FLAGS.into()]);
+            batch.call(Sysno::close, &[theirs]);
+            target.start(0, &batch).map_err(failed)?;
+            target.send_fd(device.as_fd()).map_err(failed)?;
+            target.finish(0, &batch).map_err(failed)?.fd(fd)
+        }
+        Some(Way::Call) | None => {
+            let fd = batch.call(Sysno::userfaultfd, args![sys::FLAGS]);
+            target.run(&batch).map_err(failed)?.fd(fd)
+        }
+    };
     let ours = target.fds_out(&[fd]).map_err(failed)?.remove(0);
     let mut batch = Batch::new();
     batch.call(Sysno::close, args![fd]);

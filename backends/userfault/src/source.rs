@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use ckpt_core::PAGE_SIZE;
 use ckpt_core::resource::memory::Pages;
-use ckpt_core::store::{ImageReader, PageExtent};
-use ckpt_core::{PAGE_SIZE, StoreError};
+use ckpt_core::store::ImageReader;
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
@@ -32,41 +32,76 @@ pub trait Source {
     fn read<'a>(&'a mut self, run: Run, in_order: bool, buffer: &'a mut [u8]) -> Result<&'a [u8], String>;
 }
 
-/// The checksums of the pages that will be needed.
+/// The checksums of the pages of an image: in its file, where those that are wanted are looked up. There may be millions.
 pub struct Checksums {
-    first: u64,
-    sums: Vec<u32>,
+    file: OwnedFd,
+    /// Where the first is.
+    table: u64,
+    end: u64,
 }
 
 impl Checksums {
-    /// Reads those of `runs`, and of what lies between them in the page file.
-    pub fn load<'a>(reader: &dyn ImageReader, runs: impl Iterator<Item = &'a Pages>) -> Result<Checksums, StoreError> {
-        let (mut first, mut end) = (u64::MAX, 0);
-        for run in runs {
-            first = first.min(run.extent.first);
-            end = end.max(run.extent.first + run.extent.pages);
-        }
-        if end == 0 {
-            return Ok(Checksums { first: 0, sums: Vec::new() });
-        }
-        let sums = reader.page_checksums(PageExtent { first, pages: end - first })?;
-        Ok(Checksums { first, sums })
+    /// Of the table in a file, for pages up to the last of `runs`.
+    pub fn new<'a>(file: OwnedFd, table: u64, runs: impl Iterator<Item = &'a Pages>) -> Checksums {
+        let end = runs.map(|run| run.extent.first + run.extent.pages).max().unwrap_or(0);
+        Checksums { file, table, end }
     }
 
-    /// The number after that of the last page that has one.
+    /// The number after that of the last page that will be needed.
     pub fn end(&self) -> u64 {
-        self.first + self.sums.len() as u64
+        self.end
     }
 
-    /// The number of the first page that is not what was saved.
-    pub fn first_wrong(&self, run: Run, content: &[u8]) -> Option<u64> {
-        let pages = content.chunks_exact(PAGE_SIZE as usize);
-        let wrong = |(number, page): (u64, &[u8])| {
-            let saved = self.sums.get((number - self.first) as usize);
-            saved != Some(&crc32c::crc32c(page))
-        };
-        (run.first..).zip(pages).find(|page| wrong(*page)).map(|(number, _)| number)
+    /// The number of the first page that is not what was saved. Allocates nothing where nothing fails.
+    ///
+    /// # Errors
+    /// Where the table cannot be read, in words.
+    pub fn first_wrong(&self, run: Run, content: &[u8]) -> Result<Option<u64>, String> {
+        const AT_ONCE: usize = 64;
+        let mut sums = [0; 4 * AT_ONCE];
+        let blocks = content.chunks(AT_ONCE * PAGE_SIZE as usize);
+        for (first, block) in (run.first..).step_by(AT_ONCE).zip(blocks) {
+            let sums = &mut sums[..block.len() / PAGE_SIZE as usize * 4];
+            read_all(&self.file, sums, self.table + first * 4).map_err(|why| why.said("table of checksums"))?;
+            let (saved, _) = sums.as_chunks::<4>();
+            let pages = block.chunks_exact(PAGE_SIZE as usize).zip(saved);
+            let wrong = |(page, saved): (&[u8], &[u8; 4])| crc32c::crc32c(page) != u32::from_le_bytes(*saved);
+            if let Some(at) = pages.map(wrong).position(|is_wrong| is_wrong) {
+                return Ok(Some(first + at as u64));
+            }
+        }
+        Ok(None)
     }
+}
+
+/// Why bytes of a file could not be read.
+pub enum Unread {
+    /// It ends before them.
+    Short,
+    Failed(Errno),
+}
+
+impl Unread {
+    fn said(self, what: &str) -> String {
+        match self {
+            Unread::Short => format!("the image's {what} ends early: it was cut short while it was in use"),
+            Unread::Failed(errno) => format!("reading the image's {what}: {}", io::Error::from(errno)),
+        }
+    }
+}
+
+/// Fills a buffer from a place in a file.
+pub fn read_all(file: &OwnedFd, buffer: &mut [u8], place: u64) -> Result<(), Unread> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match nix::sys::uio::pread(file, &mut buffer[done..], place as i64 + done as i64) {
+            Ok(0) => return Err(Unread::Short),
+            Ok(read) => done += read,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Unread::Failed(errno)),
+        }
+    }
+    Ok(())
 }
 
 /// The page file of an image on this host.
@@ -123,19 +158,9 @@ impl Source for PageFile<'_> {
             }
             None => {}
         }
-        while read < buffer.len() {
-            let at = (run.first * PAGE_SIZE) as i64 + read as i64;
-            match nix::sys::uio::pread(&self.file, &mut buffer[read..], at) {
-                Ok(0) => {
-                    let page = run.first + read as u64 / PAGE_SIZE;
-                    return Err(format!("the page file ends before page {page}: it was cut short while it was in use"));
-                }
-                Ok(got) => read += got,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(format!("reading the page file: {}", io::Error::from(errno))),
-            }
-        }
-        match self.checksums.first_wrong(run, buffer) {
+        let place = run.first * PAGE_SIZE + read as u64;
+        read_all(&self.file, &mut buffer[read..], place).map_err(|why| why.said("page file"))?;
+        match self.checksums.first_wrong(run, buffer)? {
             None => Ok(buffer),
             Some(page) => Err(self.reader.damaged_page(page).to_string()),
         }

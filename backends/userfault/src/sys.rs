@@ -37,6 +37,19 @@ const UFFDIO_COPY: libc::c_ulong = ioctl_number(3, 0x03, size_of::<Copy>());
 const UFFDIO_ZEROPAGE: libc::c_ulong = ioctl_number(3, 0x04, size_of::<ZeroPage>());
 const UFFDIO_POISON: libc::c_ulong = ioctl_number(3, 0x08, size_of::<Poison>());
 
+/// Makes a userfaultfd by [`DEVICE`]: `_IO(0xaa, 0)`.
+pub const USERFAULTFD_IOC_NEW: libc::c_ulong = UFFD_API << 8;
+
+/// Of every userfaultfd here. Without `UFFD_USER_MODE_ONLY`: faults of the kernel have to be answered, too.
+pub const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
+
+/// Gives a userfaultfd to whoever may open it (kernel 6.1).
+pub const DEVICE: &str = "/dev/userfaultfd";
+
+pub fn open_device() -> io::Result<OwnedFd> {
+    Ok(File::options().read(true).write(true).open(DEVICE)?.into())
+}
+
 #[repr(C)]
 struct Api {
     api: u64,
@@ -97,6 +110,7 @@ const _: () = {
     assert!(UFFDIO_COPY == 0xc028_aa03);
     assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
     assert!(UFFDIO_POISON == 0xc020_aa08);
+    assert!(USERFAULTFD_IOC_NEW == 0xaa00);
 };
 
 /// What a userfaultfd tells.
@@ -153,11 +167,27 @@ fn errno() -> i32 {
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Of our own memory: for the probe.
+    /// Of our own memory, in whatever way this host allows.
     pub fn create() -> io::Result<Userfault> {
+        Userfault::by_call().or_else(|refused| {
+            let device = open_device().map_err(|_| refused)?;
+            Userfault::by_device(&device)
+        })
+    }
+
+    /// By userfaultfd(2).
+    pub fn by_call() -> io::Result<Userfault> {
         // SAFETY: no memory is passed.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
         let fd = check(fd as libc::c_int)?;
+        // SAFETY: a new descriptor, which nobody else has.
+        Ok(Userfault(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// By [`DEVICE`].
+    pub fn by_device(device: &OwnedFd) -> io::Result<Userfault> {
+        // SAFETY: takes flags only.
+        let fd = check(unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) })?;
         // SAFETY: a new descriptor, which nobody else has.
         Ok(Userfault(unsafe { OwnedFd::from_raw_fd(fd) }))
     }

@@ -22,12 +22,14 @@ use ckpt_core::Pid;
 use crate::sys;
 
 const MAGIC: &[u8; 8] = b"CKPTWS01";
-const FILE: &str = "working-set";
+pub const FILE: &str = "working-set";
 /// In the same form, left by the dump; used where nothing was recorded.
-const GUESS: &str = "working-set.guess";
+pub const GUESS: &str = "working-set.guess";
 const RECORDING: &str = "working-set.recording";
 /// 256 MiB of runs: more than any image of this format has use for.
 const MOST_RUNS: usize = 16 << 20;
+/// Bytes of the longest file.
+pub const LONGEST: u64 = (16 + MOST_RUNS * 12) as u64;
 
 /// Pages by their numbers in the page file, in the order in which they were touched.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,17 +106,37 @@ impl WorkingSet {
         Some(WorkingSet { runs: runs.chunks_exact(12).map(run).collect() })
     }
 
-    /// That of an image. `None` where there is none.
+    /// That of an image, by its directory. `None` where there is none.
     ///
     /// # Errors
     /// Why one that is there cannot be used, in words.
-    pub fn load(image: &Path) -> Result<Option<WorkingSet>, String> {
-        WorkingSet::load_from(&image.join(FILE))
+    pub fn load(directory: &Path) -> Result<Option<WorkingSet>, String> {
+        WorkingSet::load_from(&directory.join(FILE))
     }
 
-    /// What the dump has guessed. `None` where there is nothing that can be used.
-    pub fn load_guess(image: &Path) -> Option<WorkingSet> {
-        WorkingSet::load_from(&image.join(GUESS)).ok().flatten()
+    /// The one to bring in, and whether it is a guess: what was recorded here or there, else what the dump has guessed.
+    /// `None` where there is none that can be used; beside it, why one that is there cannot be.
+    pub fn choose(directory: Option<&Path>, fetched: &Fetched) -> (Option<(WorkingSet, bool)>, Option<String>) {
+        let mut trouble = None;
+        let mut note = |found: Result<Option<WorkingSet>, String>| {
+            found.unwrap_or_else(|why| {
+                trouble.get_or_insert(why);
+                None
+            })
+        };
+        let here = |name| directory.map_or(Ok(None), |directory| WorkingSet::load_from(&directory.join(name)));
+        let there = |bytes: &Option<Vec<u8>>| match bytes {
+            None => Ok(None),
+            Some(bytes) => WorkingSet::decode(bytes)
+                .map(Some)
+                .ok_or_else(|| "the page server's working set is none, or a damaged one; it is not used".to_string()),
+        };
+        let recorded = note(here(FILE)).or_else(|| note(there(&fetched.recorded)));
+        if let Some(recorded) = recorded {
+            return (Some((recorded, false)), trouble);
+        }
+        let guess = here(GUESS).ok().flatten().or_else(|| there(&fetched.guess).ok().flatten());
+        (guess.map(|guess| (guess, true)), trouble)
     }
 
     fn load_from(path: &Path) -> Result<Option<WorkingSet>, String> {
@@ -131,8 +153,7 @@ impl WorkingSet {
             Err(error) => return Err(said(&error.to_string())),
         }
         let mut bytes = Vec::new();
-        let most = (16 + MOST_RUNS * 12) as u64;
-        file.take(most + 1).read_to_end(&mut bytes).map_err(|error| said(&error.to_string()))?;
+        file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(|error| said(&error.to_string()))?;
         WorkingSet::decode(&bytes).map(Some).ok_or_else(|| said("not a working set, or a damaged one"))
     }
 
@@ -149,6 +170,13 @@ impl WorkingSet {
     pub fn store_guess(&self, image: &Path) -> io::Result<()> {
         create(&image.join(GUESS))?.write_all(&self.encode())
     }
+}
+
+/// The files of a page server: what was recorded, and what the dump has guessed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fetched {
+    pub recorded: Option<Vec<u8>>,
+    pub guess: Option<Vec<u8>>,
 }
 
 /// A new file in the place of whatever has its name: what a foreign image has there is not written through.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use super::cycle::{gone, run, settle};
-use super::{Bench, Samples, Turn, ratios, row, take_turns};
+use super::{Bench, Samples, Turn, ratios, row, take_turns, working_set};
 use crate::command;
 use crate::programs::redis::{Address, Connection, Redis};
 use crate::programs::{Program, http};
@@ -98,9 +98,14 @@ fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Pat
         turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Lazy, name, tool, workload.bytes(), result)),
     );
     drop(turns);
-    drop(ways);
     bench.ratios.extend(ratios(&rows, "userfault"));
     bench.rows.extend(rows);
+    let again =
+        ways.iter().find(|way| way.tool.name() == "userfault").map(|way| (way.image.clone(), way.address.clone()));
+    drop(ways);
+    if let Some((image, address)) = again {
+        working_set::measure(bench, workload.name, &image, &address, keys, workload.bytes());
+    }
     Ok(())
 }
 
@@ -198,7 +203,11 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
         samples.pooled.push(("GET while loading", Unit::Microseconds, seen.while_loading));
     }
     if way.tool.name() == "userfault" {
-        own_figures(&log, &mut samples)?;
+        let figures = own_figures(&log)?;
+        let number = |value: &serde_json::Value| value.as_f64().ok_or("the figures of ckpt have changed");
+        samples.add("faults", Unit::Count, number(&figures["faults"])?);
+        samples.add("fault-p50", Unit::Microseconds, number(&figures["fault_latency_us"]["p50"])?);
+        samples.add("fault-p99", Unit::Microseconds, number(&figures["fault_latency_us"]["p99"])?);
     }
     // All of it must be what it was.
     let mut connection = Connection::open(&way.address, timeout, &http::NEVER)?;
@@ -235,14 +244,8 @@ fn ask(
 }
 
 /// What the pager of ckpt tells of itself.
-fn own_figures(log: &Path, samples: &mut Samples) -> Result<(), String> {
+pub fn own_figures(log: &Path) -> Result<serde_json::Value, String> {
     let text = std::fs::read_to_string(log).map_err(|error| format!("{}: {error}", log.display()))?;
     let start = text.find('{').ok_or("ckpt told no figures")?;
-    let figures: serde_json::Value =
-        serde_json::from_str(&text[start..]).map_err(|error| format!("the figures of ckpt: {error}"))?;
-    let number = |value: &serde_json::Value| value.as_f64().ok_or("the figures of ckpt have changed");
-    samples.add("faults", Unit::Count, number(&figures["faults"])?);
-    samples.add("fault-p50", Unit::Microseconds, number(&figures["fault_latency_us"]["p50"])?);
-    samples.add("fault-p99", Unit::Microseconds, number(&figures["fault_latency_us"]["p99"])?);
-    Ok(())
+    serde_json::from_str(&text[start..]).map_err(|error| format!("the figures of ckpt: {error}"))
 }

@@ -5,6 +5,7 @@ pub mod cycle;
 pub mod lazy;
 pub mod null;
 pub mod overhead;
+pub mod working_set;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -20,7 +20,7 @@ const SHOWN: &[(Group, &[&str])] = &[
             "refused-at-first",
         ],
     ),
-    (Group::Lazy, &["ping", "first-get", "get-p99", "all-pages", "fault-p50", "fault-p99"]),
+    (Group::Lazy, &["ping", "first-get", "get-p99", "all-pages", "fault-p50", "fault-p99", "request-faults"]),
     (Group::Overhead, &["time", "memory"]),
 ];
 

@@ -15,6 +15,7 @@ use nix::unistd::{ForkResult, fork};
 use crate::case::{Case, Checkpoint};
 
 mod changes;
+mod kinds;
 
 pub(super) const PAGE: usize = 4096;
 const READ: i32 = libc::PROT_READ;
@@ -50,6 +51,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("memory/layout", memory, layout),
     ];
     cases.extend(changes::cases());
+    cases.extend(kinds::cases());
     cases
 }
 

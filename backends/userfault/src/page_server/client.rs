@@ -5,10 +5,10 @@
 //! again and again for as long as the patience lasts; a page that comes is checked against the checksum of the manifest.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::random;
 use super::wire::{self, Answer, LONGEST_NAME, MAGIC, MOST, Request, Seal};
 use crate::outstanding::Run;
 use crate::source::{Checksums, Source};
+use crate::working_set::{self, Fetched};
 use crate::{Options, lazy_mappings, lazy_objects};
 
 /// Where pages come from, if not from a file.
@@ -226,20 +227,42 @@ fn insist(
     }
 }
 
-/// A directory with everything of an image but the pages that may follow later. Removed when it is dropped; what was opened
-/// in it goes on.
-pub struct Stub(PathBuf);
+/// Everything of an image but the pages that may follow later: files without a name, which are gone with whoever has them
+/// open.
+pub struct Stub {
+    name: PathBuf,
+    files: BTreeMap<String, File>,
+    working_sets: Fetched,
+}
 
 impl Stub {
-    pub fn path(&self) -> &Path {
-        &self.0
+    /// What stands for the directory of the image in messages.
+    pub fn name(&self) -> &Path {
+        &self.name
+    }
+
+    /// Its files, for whoever opens it as an image.
+    ///
+    /// # Errors
+    /// Where no more files may be open.
+    pub fn files(&self) -> io::Result<BTreeMap<String, File>> {
+        self.files.iter().map(|(name, file)| Ok((name.clone(), file.try_clone()?))).collect()
+    }
+
+    /// The working sets that the server has beside the image.
+    pub fn working_sets(&self) -> &Fetched {
+        &self.working_sets
     }
 }
 
-impl Drop for Stub {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+/// A new file without a name: where temporary files are, or in memory where that file system has none such.
+fn nameless() -> io::Result<File> {
+    let place = std::env::temp_dir();
+    let file = File::options().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(place);
+    file.or_else(|_| {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        Ok(File::from(nix::sys::memfd::memfd_create("ckpt-pages-from", flags)?))
+    })
 }
 
 /// Fetches an image from a page server, without its pages: the page file is one hole.
@@ -247,56 +270,99 @@ impl Drop for Stub {
 /// # Errors
 /// In words.
 pub fn fetch(from: &PagesFrom) -> Result<Stub, String> {
-    let template = std::env::temp_dir().join("ckpt-pages-from-XXXXXX");
-    let stub = nix::unistd::mkdtemp(&template).map_err(|errno| format!("{}: {errno}", template.display()))?;
-    let stub = Stub(stub);
-    let (mut link, mut absence) = (None, Absence::new());
-    let list = insist(from, &mut link, &mut absence, Request::Files)?;
+    let name = Path::new(&from.address).join(&from.image);
+    let mut stub = Stub { name, files: BTreeMap::new(), working_sets: Fetched::default() };
+    let mut client = Client { from, link: None, absence: Absence::new() };
+    let list = client.insist(Request::Files)?;
     let list: Vec<(String, u64)> =
         serde_json::from_slice(&list).map_err(|error| format!("{}: {error}", from.address))?;
     for (index, (name, size)) in list.iter().enumerate() {
-        let known = match name.as_str() {
-            "pages.bin" => index == 0,
-            "image.cbor" => true,
-            blob => blob.strip_prefix("blob-").is_some_and(|number| number.parse::<u32>().is_ok()),
-        };
-        if !known {
-            return Err(format!("the page server {} names a file that is of no image: {name:?}", from.address));
+        let number = index as u32;
+        match name.as_str() {
+            working_set::FILE => stub.working_sets.recorded = client.read(number, *size)?,
+            working_set::GUESS => stub.working_sets.guess = client.read(number, *size)?,
+            _ => {
+                let known = match name.as_str() {
+                    PAGES => index == 0,
+                    "image.cbor" => true,
+                    blob => blob.strip_prefix("blob-").is_some_and(|number| number.parse::<u32>().is_ok()),
+                };
+                if !known {
+                    return Err(format!("the page server {} names a file that is of no image: {name:?}", from.address));
+                }
+                let failed = |error: io::Error| format!("a copy of {}: {error}", stub.name.join(name).display());
+                let file = nameless().and_then(|file| file.set_len(*size).map(|()| file)).map_err(failed)?;
+                if name != PAGES {
+                    client.copy(number, name, *size, |content, at| file.write_all_at(content, at).map_err(failed))?;
+                }
+                stub.files.insert(name.clone(), file);
+            }
         }
-        let path = stub.0.join(name);
-        let failed = |error: io::Error| format!("{}: {error}", path.display());
-        let file = File::options().write(true).create_new(true).open(&path).map_err(failed)?;
-        if name == "pages.bin" {
-            file.set_len(*size).map_err(failed)?;
-            continue;
-        }
-        file.set_len(*size).map_err(failed)?;
-        // A deleted file may be large and a hole for the most part.
-        let index = index as u32;
+    }
+    Ok(stub)
+}
+
+/// The name of the page file.
+const PAGES: &str = "pages.bin";
+
+/// What fetches an image.
+struct Client<'a> {
+    from: &'a PagesFrom,
+    link: Option<Link>,
+    absence: Absence,
+}
+
+impl Client<'_> {
+    fn insist(&mut self, request: Request) -> Result<Vec<u8>, String> {
+        insist(self.from, &mut self.link, &mut self.absence, request)
+    }
+
+    /// Hands out what a file of the server has, without its holes: a deleted file may be large and a hole for the most
+    /// part.
+    fn copy(
+        &mut self,
+        file: u32,
+        name: &str,
+        size: u64,
+        mut take: impl FnMut(&[u8], u64) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let address = &self.from.address;
         let (mut offset, mut end) = (0, 0);
         loop {
             if offset == end {
-                let answer = insist(from, &mut link, &mut absence, Request::Data { file: index, offset })?;
+                let answer = self.insist(Request::Data { file, offset })?;
                 let words: Vec<u64> = answer
                     .chunks_exact(8)
                     .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
                     .collect();
                 match words[..] {
-                    [start, _] if start >= *size => break,
-                    [start, until] if (offset..until).contains(&start) => (offset, end) = (start, until.min(*size)),
-                    _ => return Err(format!("the page server {} does not know what is in {name:?}", from.address)),
+                    [start, _] if start >= size => return Ok(()),
+                    [start, until] if (offset..until).contains(&start) => (offset, end) = (start, until.min(size)),
+                    _ => return Err(format!("the page server {address} does not know what is in {name:?}")),
                 }
             }
             let length = (end - offset).min(MOST as u64) as u32;
-            let content = insist(from, &mut link, &mut absence, Request::Read { file: index, offset, length })?;
+            let content = self.insist(Request::Read { file, offset, length })?;
             if content.len() != length as usize {
-                return Err(format!("the page server {} gave {} bytes of {length}", from.address, content.len()));
+                return Err(format!("the page server {address} gave {} bytes of {length}", content.len()));
             }
-            file.write_all_at(&content, offset).map_err(failed)?;
+            take(&content, offset)?;
             offset += u64::from(length);
         }
     }
-    Ok(stub)
+
+    /// A small file, whole. None where it is too large for what it should be.
+    fn read(&mut self, file: u32, size: u64) -> Result<Option<Vec<u8>>, String> {
+        if size > working_set::LONGEST {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; size as usize];
+        self.copy(file, "a working set", size, |content, at| {
+            bytes[at as usize..][..content.len()].copy_from_slice(content);
+            Ok(())
+        })?;
+        Ok(Some(bytes))
+    }
 }
 
 /// Fetches the pages of an image that are needed before the release into the page file of its stub. They are checked when
@@ -317,27 +383,26 @@ pub fn fetch_eager(from: &PagesFrom, stub: &Stub, reader: &dyn ImageReader, opti
     wanted.sort_unstable_by_key(|pages| pages.extent.first);
     // Joined, and cut into what one request may ask for.
     let mut requests: Vec<(u64, u64)> = Vec::new();
-    const PAGES: u64 = MOST as u64 / PAGE_SIZE;
+    const AT_ONCE: u64 = MOST as u64 / PAGE_SIZE;
     for pages in wanted {
         let (mut first, end) = (pages.extent.first, pages.extent.first + pages.extent.pages);
         while first < end {
             match requests.last_mut() {
-                Some((start, length)) if *start + *length == first && *length < PAGES => {
-                    let more = (end - first).min(PAGES - *length);
+                Some((start, length)) if *start + *length == first && *length < AT_ONCE => {
+                    let more = (end - first).min(AT_ONCE - *length);
                     *length += more;
                     first += more;
                 }
                 _ => {
-                    let length = (end - first).min(PAGES);
+                    let length = (end - first).min(AT_ONCE);
                     requests.push((first, length));
                     first += length;
                 }
             }
         }
     }
-    let path = stub.0.join("pages.bin");
-    let failed = |error: io::Error| format!("{}: {error}", path.display());
-    let file = File::options().write(true).open(&path).map_err(failed)?;
+    let failed = |error: io::Error| format!("a copy of {}: {error}", stub.name.join(PAGES).display());
+    let Some(file) = stub.files.get(PAGES) else { return Ok(()) };
     let (mut link, mut absence) = (None, Absence::new());
     for (first, pages) in requests {
         let content = insist(from, &mut link, &mut absence, Request::Pages { first, pages: pages as u32 })?;
@@ -505,7 +570,7 @@ impl Source for Remote<'_> {
                 self.here.insert(number + 1, content[PAGE_SIZE as usize..].to_vec());
             }
         }
-        match self.checksums.first_wrong(run, buffer) {
+        match self.checksums.first_wrong(run, buffer)? {
             None => Ok(buffer),
             Some(page) => {
                 Err(format!("from the page server {}: {}", self.from.address, self.reader.damaged_page(page)))

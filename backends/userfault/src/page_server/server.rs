@@ -18,6 +18,8 @@ use nix::unistd::{Whence, lseek};
 
 use super::channel::{Channel, Credentials};
 use super::random;
+use crate::working_set;
+
 use super::wire::{self, Answer, LONGEST_NAME, MAGIC, MOST, Request, Seal};
 
 /// Who has not proved that it has the token by then is sent away.
@@ -188,7 +190,7 @@ impl Sender {
 
 /// The files of an image, open.
 struct Image {
-    /// The manifest and the blobs, with their sizes.
+    /// The manifest, the blobs and the working sets, with their sizes.
     files: Vec<(String, u64, File)>,
     pages: File,
 }
@@ -233,7 +235,12 @@ impl Image {
             }
         }
         let files = names.into_iter().map(|name| open(&name).map(|(file, size)| (name, size, file)));
-        Ok(Image { files: files.collect::<Result<_, _>>()?, pages })
+        let mut files = files.collect::<Result<Vec<_>, _>>()?;
+        // Hints, which may be there or not.
+        let hints = [working_set::FILE, working_set::GUESS];
+        files
+            .extend(hints.into_iter().filter_map(|name| open(name).ok().map(|(file, size)| (name.into(), size, file))));
+        Ok(Image { files, pages })
     }
 
     /// The first of the list is the page file, which is asked for by pages.
