@@ -361,7 +361,7 @@ fn a_dump_waits_for_the_end_of_a_region_and_not_for_ever() {
     let pid = root.0.to_string();
     for said in ["in", "once"] {
         lab.says(said, 1);
-        run(&mut lab.dump(root.0, "image", &["--timeout", "0.3"])).assert_error(FAILED, &[&pid, "region", "--timeout"]);
+        run(&mut lab.dump(root.0, "image", &["--timeout", "2"])).assert_error(FAILED, &[&pid, "region", "--timeout"]);
         assert!(!lab.path().join("image").exists());
         lab.touch("once");
     }
@@ -513,7 +513,7 @@ fn hooks_run_in_order_and_learn_what_came_of_it() {
     fs::remove_file(lab.path().join("refuse")).unwrap();
     // One does not return.
     lab.touch("stay");
-    run(&mut lab.dump(root.0, "image", &["--timeout", "0.3"])).assert_error(FAILED, &[&pid, "hooks", "--timeout"]);
+    run(&mut lab.dump(root.0, "image", &["--timeout", "2"])).assert_error(FAILED, &[&pid, "hooks", "--timeout"]);
     lab.says("before 2", 3);
     fs::remove_file(lab.path().join("stay")).unwrap();
     lab.says("after 2 -1", 2);
