@@ -74,7 +74,7 @@ fn restore(saved: Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samp
     command.arg("--json").arg("--pidfile").arg(&pidfile).args(options);
     let running = command::start(&mut command, "restore", &log).map_err(|failure| failure.reason)?;
     let begun = running.begun();
-    let asked = (|| {
+    let asked: Result<Duration, String> = (|| {
         let mut connection = Connection::open(saved.address, timeout, &http::NEVER)?;
         connection.ask("PING")?;
         (0..REQUESTS).try_for_each(|number| connection.get(number * 1_000_003 % saved.keys))?;
