@@ -281,29 +281,35 @@ fn a_thread_that_blocks_every_signal_is_named() {
     run(&mut dump).assert_done();
 }
 
-/// The thread that the C library starts for a SIGEV_THREAD timer waits for the signal that is the shim's, too.
-const TIMES_BY_THREAD: &str = r#"
-import ctypes, struct, time
-libc = ctypes.CDLL(None)
-begun = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda value: None)
-# struct sigevent: value, signal, SIGEV_THREAD, function, attributes
-event = struct.pack("qiiQQ", 0, 0, 2, ctypes.cast(begun, ctypes.c_void_p).value, 0) + bytes(64)
-timer = ctypes.c_void_p()
-assert libc.timer_create(1, event, ctypes.byref(timer)) == 0
-print("timed", flush=True)
+/// Naps by a system call instruction before which nothing tells what is called: the number came in a register that is in use
+/// for something else by then.
+const NAPS: &str = r#"
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+# mov rax, rdi; mov rdi, rsi; mov rsi, rdx; mov rdx, rcx; mov r10, r8; syscall; ret
+code.write(bytes.fromhex("4889f8 4889f7 4889d6 4889ca 4d89c2 0f05 c3"))
+address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+call = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 5)(address)
+word = ctypes.c_int(0)
+nap = (ctypes.c_long * 2)(0, 100_000)
+print("naps", flush=True)
 while True:
-    time.sleep(0.001)
+    # futex(&word, FUTEX_WAIT, 0, &nap)
+    call(202, ctypes.addressof(word), 0, 0, ctypes.addressof(nap))
 "#;
 
+/// The kernel shows which call a thread sleeps in, but not which it was interrupted in. Such dumps were refused when the
+/// thread happened not to sleep when it was looked at, with the advice to try again.
 #[test]
-fn a_thread_that_takes_the_signal_itself_is_named() {
+fn a_call_that_its_code_does_not_tell_is_known_all_the_same() {
     let workshop = Workshop::new();
-    let root = start_python(&workshop, TIMES_BY_THREAD);
-    says(&workshop, "timed");
-    let (pid, image) = (root.0.to_string(), workshop.image());
-    let mut dump = preload(["dump", "-t", &pid, "--timeout", "0.3", "--leave-running", "-D", image.to_str().unwrap()]);
-    run(&mut dump).assert_error(REFUSED, &["timers", &pid, "SIGEV_THREAD", "--backend ptrace"]);
-    workshop.assert_no_image();
+    let root = start_python(&workshop, NAPS);
+    says(&workshop, "naps");
+    let pid = root.0.to_string();
+    for round in 0..30 {
+        let image = workshop.path().join(format!("image-{round}"));
+        run(&mut preload(["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()])).assert_done();
+    }
 }
 
 /// posix_spawn waits for its child in the kernel, without a signal being able to change that.

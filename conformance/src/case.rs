@@ -75,6 +75,7 @@ pub struct Case {
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
     pub loses_names: bool,
+    pub passing_threads: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
     /// What the CPU must have, and whether it has.
@@ -109,6 +110,7 @@ impl Case {
             after_dump: None,
             unsteady: false,
             loses_names: false,
+            passing_threads: false,
             cpu: None,
             host: None,
         }
@@ -184,6 +186,12 @@ impl Case {
     /// Links in `/proc` to a deleted file may show another name after the restore: its own is in use.
     pub fn loses_names(mut self) -> Case {
         self.loses_names = true;
+        self
+    }
+
+    /// Threads of the subject come and go while it waits: of each process only the main thread is compared.
+    pub fn passing_threads(mut self) -> Case {
+        self.passing_threads = true;
         self
     }
 

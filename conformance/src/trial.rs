@@ -454,6 +454,7 @@ impl Init<'_> {
         let visible = Visible::look(&pids);
         let visible = if self.ordinary { visible.with_shared_memory_as_memfd() } else { visible };
         let visible = if self.case.unsteady { visible.coarse() } else { visible };
+        let visible = if self.case.passing_threads { visible.without_other_threads() } else { visible };
         (pids, if self.case.loses_names { visible.without_deleted_names() } else { visible })
     }
 

@@ -92,6 +92,15 @@ impl Visible {
         Visible(facts.collect())
     }
 
+    /// Without what is said of threads that are not the main one of their process.
+    pub fn without_other_threads(mut self) -> Visible {
+        self.0.retain(|(pid, what), _| {
+            let of_main = format!("thread {pid} ");
+            what != "Threads" && (!what.starts_with("thread ") || what.starts_with(&of_main))
+        });
+        self
+    }
+
     /// Without the names of files that were deleted.
     pub fn without_deleted_names(mut self) -> Visible {
         for how in self.0.values_mut() {
@@ -320,6 +329,14 @@ mod tests {
         let coarse =
             BTreeMap::from([fact("mapped /a b", ""), fact("descriptor 3", "/a b, flags 02"), fact("parent", "1")]);
         assert_eq!(fine.coarse(), Visible(coarse));
+    }
+
+    #[test]
+    fn of_passing_threads_nothing_is_left() {
+        let fact = |what: &str| ((7, what.to_string()), String::new());
+        let all =
+            Visible(BTreeMap::from([fact("Threads"), fact("thread 7 Name"), fact("thread 71 Name"), fact("parent")]));
+        assert_eq!(all.without_other_threads(), Visible(BTreeMap::from([fact("thread 7 Name"), fact("parent")])));
     }
 
     #[test]

@@ -16,8 +16,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::agent::{CODE_SIZE, CONTROL_SIZE, FRAME_SIZE, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::calls::{self, sys};
 use crate::protocol::{
-    ASK_TAG, Arrival, HANDLER_STACK, Hello, MAGIC, MOST_XSAVE, NO_CALL, Ready, SIGNAL, SOCKET_NAME, TELL_TAG, UNKNOWN_CALL,
-    VALUE_TAG, Welcome, XSAVE_AT, nonce_of_process, socket_name,
+    ASK_TAG, Arrival, HANDLER_STACK, Hello, Lent, MAGIC, MOST_XSAVE, NO_CALL, Ready, SECOND_SIGNAL, SIGNAL, SOCKET_NAME, TELL_TAG,
+    UNKNOWN_CALL, VALUE_TAG, Welcome, XSAVE_AT, nonce_of_process, socket_name,
 };
 use crate::{ids, interface};
 use crate::by_number;
@@ -39,6 +39,9 @@ static SIZE: AtomicU64 = AtomicU64::new(0);
 
 /// The action that the signal would have without us, word by word: glibc's, in a program that cancels threads.
 static OTHERS: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+
+/// The second signal, while a driver has it: see [`SECOND_SIGNAL`].
+static LENT: [AtomicU64; size_of::<Lent>() / 8] = [const { AtomicU64::new(0) }; size_of::<Lent>() / 8];
 
 /// `struct sigaction` of the kernel.
 #[repr(C)]
@@ -88,12 +91,30 @@ pub unsafe fn take_signal() {
     // SAFETY: two structures of the kernel's form.
     unsafe {
         sys!(calls::RT_SIGACTION, SIGNAL, &raw const ours, &raw mut before, 8);
+        for (place, word) in LENT.iter().zip([ours.handler, ours.flags, ours.restorer, ours.mask]) {
+            place.store(word, Ordering::Relaxed);
+        }
         if before.handler != ours.handler && before.handler > 1 {
             set_others(&before);
         }
         // Whoever started us may have blocked it.
         let only = 1u64 << (SIGNAL - 1);
         sys!(calls::RT_SIGPROCMASK, 1, &raw const only, 0, 8);
+    }
+}
+
+/// The word of [`LENT`] where [`Lent::before`] begins.
+const BEFORE: usize = core::mem::offset_of!(Lent, before) / 8;
+
+/// Gives the second signal back, should a driver have gone away with it.
+unsafe fn return_second_signal() {
+    let mut now = Action { handler: 0, flags: 0, restorer: 0, mask: 0 };
+    // SAFETY: structures of the kernel's form.
+    unsafe {
+        sys!(calls::RT_SIGACTION, SECOND_SIGNAL, 0, &raw mut now, 8);
+        if now.handler == handle as *const () as u64 {
+            sys!(calls::RT_SIGACTION, SECOND_SIGNAL, LENT[BEFORE].as_ptr(), 0, 8);
+        }
     }
 }
 
@@ -162,7 +183,7 @@ unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
 
 /// A signal that is not ours goes to who had it before.
 unsafe extern "C" fn pass_on(signal: i32, info: *mut i32, context: *mut u64) {
-    let others = others().handler;
+    let others = if signal == SECOND_SIGNAL { LENT[BEFORE].load(Ordering::Relaxed) } else { others().handler };
     if others > 1 {
         // SAFETY: what was installed as a handler of this kind.
         unsafe {
@@ -317,6 +338,7 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64, stack: u64) {
                 rseq_offset: RSEQ_OFFSET.load(Ordering::Relaxed),
                 ids: (&raw const ids::HEADER) as u64,
                 generation: ids::generation(),
+                lent: LENT.as_ptr() as u64,
             };
             let mut welcome = Welcome { size: 0 };
             if send(socket, &raw const hello) && receive(socket, &raw mut welcome, &mut memfd) && memfd >= 0 {
@@ -474,6 +496,9 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
         if *(code as *const u8) != 0x0f || *((code + 1) as *const u8) != 0x05 {
             return NO_CALL;
         }
+        if let Some(number) = number_in_register(code, context) {
+            return number as i64;
+        }
         let low = if code & 4095 < 32 { code & !4095 } else { code - 32 };
         let mut at = code.wrapping_sub(5);
         while at >= low && at < code {
@@ -491,6 +516,41 @@ unsafe fn interrupted_call(context: *const u64) -> i64 {
             return 0;
         }
         UNKNOWN_CALL
+    }
+}
+
+/// The number of a call that gives EINTR, where the instruction before it has loaded it from a register that the call leaves
+/// as it was.
+///
+/// # Safety
+/// The context of a thread that has just run the `syscall` at `code`.
+unsafe fn number_in_register(code: u64, context: *const u64) -> Option<u64> {
+    /// Where a ucontext has the registers that an instruction numbers from 0 on; none for rax, rcx and r11.
+    const PLACES: [usize; 16] = [0, 0, RDX, 16, RSP, 15, RSI, RDI, 5, 6, R10, 0, 9, 10, 11, 12];
+    if code & 4095 < 3 {
+        return None;
+    }
+    // SAFETY: both bytes are in the page of the call; the context has all registers.
+    unsafe {
+        // mov %REG, %eax (89 /r), with a prefix for r8 to r15 or 64 bits.
+        let form = *((code - 1) as *const u8);
+        if *((code - 2) as *const u8) != 0x89 || form & 0xc7 != 0xc0 {
+            return None;
+        }
+        // What looks like a prefix may be the end of another instruction.
+        let prefix = *((code - 3) as *const u8);
+        let high = prefix & 0xf0 == 0x40 && prefix & 4 != 0;
+        let mut register = (form >> 3 & 7) as usize + if high { 8 } else { 0 };
+        loop {
+            let number = *context.add(PLACES[register]) as u32;
+            if PLACES[register] != 0 && gives_eintr(number) {
+                return Some(number as u64);
+            }
+            if register < 8 {
+                return None;
+            }
+            register -= 8;
+        }
     }
 }
 
@@ -540,6 +600,7 @@ unsafe extern "C" fn leave(leave: *const Leave) -> ! {
                 }
                 wait_for_change(seen);
             }
+            return_second_signal();
             let base = BASE.swap(0, Ordering::SeqCst);
             sys!(calls::MUNMAP, base, SIZE.load(Ordering::SeqCst));
             set_session(0);

@@ -4,6 +4,7 @@
 //! takes it connects to us.
 
 use std::io::{self, IoSliceMut};
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use ckpt_core::backend::{DumpOptions, FrozenProcess};
 use ckpt_core::error::{DumpError, Refusal};
 use ckpt_core::image::{Task, Zombie};
 use ckpt_core::procfs::{ProcDir, Stat, Status};
-use ckpt_core::{Pid, RemoteFd};
+use ckpt_core::{Pid, RemoteFd, TargetError};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -23,8 +24,11 @@ use nix::sys::socket::{
 };
 
 use crate::protocol::{
-    Arrival, Hello, MAGIC, Ready, SIGNAL, UNKNOWN_CALL, Welcome, XSAVE_AT, nonce_of_process, signal_value, socket_name,
+    Arrival, Hello, MAGIC, Ready, SECOND_SIGNAL, SIGNAL, UNKNOWN_CALL, Welcome, XSAVE_AT, nonce_of_process,
+    signal_value, socket_name,
 };
+use crate::second::{SecondSignal, blocked, lets_in, needs};
+use crate::sleeping::{Call, Known, Place, call_until};
 use crate::sys;
 
 /// A process whose threads are all in the agent.
@@ -105,9 +109,51 @@ pub fn gone(pid: Pid, error: io::Error) -> DumpError {
     }
 }
 
+/// How often it is tried to stop a thread in a place where it is told only beforehand which call it makes.
+const TRIES: usize = 8;
+
 /// Stops the whole tree under `root`. What is dropped of it goes on.
 pub fn freeze(root: Pid, options: &DumpOptions) -> Result<(Vec<StoppedProcess>, Vec<Zombie>), DumpError> {
     validate(root)?;
+    let mut known = Known::default();
+    for _ in 1..TRIES {
+        match try_freeze(root, options, &mut known) {
+            Err(Failed::UnknownCall { pid, tid, instruction }) => known.watch(pid, tid, instruction),
+            Err(Failed::Dump(error)) => return Err(error),
+            Ok(frozen) => return Ok(frozen),
+        }
+    }
+    try_freeze(root, options, &mut known).map_err(|failed| match failed {
+        Failed::Dump(error) => error,
+        Failed::UnknownCall { pid, tid, .. } => {
+            let why = format!("thread {tid} was in a system call that its code does not tell, each of {TRIES} times");
+            refusal(pid, "registers", &why, "use --backend ptrace")
+        }
+    })
+}
+
+/// Why a tree could not be stopped.
+enum Failed {
+    Dump(DumpError),
+    /// A call was interrupted, and it is not known which: the instruction after it.
+    UnknownCall {
+        pid: Pid,
+        tid: Pid,
+        instruction: u64,
+    },
+}
+
+impl From<DumpError> for Failed {
+    fn from(error: DumpError) -> Failed {
+        Failed::Dump(error)
+    }
+}
+
+fn try_freeze(
+    root: Pid,
+    options: &DumpOptions,
+    known: &mut Known,
+) -> Result<(Vec<StoppedProcess>, Vec<Zombie>), Failed> {
     let mut meeting = Meeting::new(options.timeout)
         .map_err(|source| DumpError::Io { what: "a socket for the shim to connect to".into(), source })?;
     let (mut processes, mut zombies) = (Vec::new(), Vec::new());
@@ -118,9 +164,9 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<(Vec<StoppedProcess>, 
             Ok(process) => process,
             // A child that ended, and that its parent or init has waited for already.
             Err(_) if pid != root => continue,
-            Err(error) => return Err(gone(pid, error)),
+            Err(error) => return Err(gone(pid, error).into()),
         };
-        match meeting.stop(process)? {
+        match meeting.stop(process, known)? {
             Stopped::Process(stopped) => {
                 let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
                 children.reverse();
@@ -128,7 +174,7 @@ pub fn freeze(root: Pid, options: &DumpOptions) -> Result<(Vec<StoppedProcess>, 
                 processes.push(*stopped);
             }
             Stopped::Zombie(_) if pid == root => {
-                return Err(DumpError::Changed { pid, what: "ended".to_string() });
+                return Err(DumpError::Changed { pid, what: "ended".to_string() }.into());
             }
             Stopped::Zombie(zombie) => zombies.push(zombie),
         }
@@ -154,11 +200,15 @@ enum Stopped {
 
 /// Where the threads of one freeze come to.
 struct Meeting {
+    begun: Instant,
     nonce: u32,
     listener: OwnedFd,
     deadline: Instant,
     timeout: Duration,
 }
+
+/// How long a freeze looks at threads that run, to see what they sleep in the next time. Most work for longer, or sleep.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Threads that may appear while a process is being stopped.
 const NEW_THREADS: usize = 16;
@@ -169,30 +219,16 @@ struct Entered {
     base: u64,
     rseq_offset: Option<i64>,
     ids: (u64, u64),
+    second: SecondSignal,
 }
 
 /// A thread that was asked to come.
 struct Asked {
     tid: Pid,
+    /// By the second signal.
+    by_second: bool,
     /// What it was doing, as `/proc/PID/task/TID/syscall` says, where that may be read.
     call: Option<Call>,
-}
-
-/// A system call that a thread sleeps in.
-struct Call {
-    number: i64,
-    stack: u64,
-    instruction: u64,
-}
-
-impl Call {
-    /// `NUMBER ARGUMENTS... STACK INSTRUCTION`; a thread that runs shows a word.
-    fn parse(text: &str) -> Option<Call> {
-        let words: Vec<&str> = text.split_ascii_whitespace().collect();
-        let address = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
-        let [number, .., stack, instruction] = words[..] else { return None };
-        Some(Call { number: number.parse().ok()?, stack: address(stack)?, instruction: address(instruction)? })
-    }
 }
 
 fn listen_at(nonce: u32) -> io::Result<OwnedFd> {
@@ -206,18 +242,21 @@ fn listen_at(nonce: u32) -> io::Result<OwnedFd> {
 impl Meeting {
     fn new(timeout: Duration) -> io::Result<Meeting> {
         let nonce = sys::random()?;
-        Ok(Meeting { nonce, listener: listen_at(nonce)?, deadline: Instant::now() + timeout, timeout })
+        let begun = Instant::now();
+        Ok(Meeting { begun, nonce, listener: listen_at(nonce)?, deadline: begun + timeout, timeout })
     }
 
     /// Stops all threads of a process, until no new one appears.
-    fn stop(&mut self, process: Process) -> Result<Stopped, DumpError> {
+    fn stop(&mut self, process: Process, known: &mut Known) -> Result<Stopped, Failed> {
         let pid = process.proc.pid();
         let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
         if stat.state == 'Z' && stat.num_threads <= 1 {
             return Ok(Stopped::Zombie(Zombie { task: task(pid, &stat), status: stat.exit_code }));
         }
         if stat.state == 'Z' {
-            return Err(refusal(pid, "tasks", "its main thread has exited while others go on", "have it keep that"));
+            return Err(
+                refusal(pid, "tasks", "its main thread has exited while others go on", "have it keep that").into()
+            );
         }
         self.wait_for_shim(&process)?;
         refuse_unreachable(pid, &process.proc, &stat)?;
@@ -228,7 +267,7 @@ impl Meeting {
             .map_err(|source| DumpError::Io { what: "the region of the agent".into(), source })?;
         let region = Arc::new(region);
         let mut asked = Vec::new();
-        let full = match self.ask(&process, pid, pid, &mut asked) {
+        let full = match self.ask(&process, pid, &mut asked, None) {
             Err(DumpError::Io { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => true,
             other => other.map(|()| false)?,
         };
@@ -237,12 +276,13 @@ impl Meeting {
         if let Some(general) = general {
             self.nonce_and_listener(general);
         }
-        let Some(Entered { channel, base, rseq_offset, ids }) = entered? else {
-            return self.ended_or_silent(&process, pid);
+        let Some(mut entered) = entered? else {
+            return Ok(self.ended_or_silent(&process, pid)?);
         };
         for &tid in &first[1..] {
-            self.ask(&process, pid, tid, &mut asked)?;
+            self.ask(&process, tid, &mut asked, Some(&mut entered))?;
         }
+        let base = entered.base;
         let lane = |index: usize| {
             let offset = Channel::FIRST + LaneKind::Main.size() + index * LaneKind::Thread.size();
             Channel::attach(region.clone(), LaneKind::Thread, offset, base, pid, Wait::Futex)
@@ -252,10 +292,13 @@ impl Meeting {
         loop {
             while threads.len() < asked.len() {
                 let index = threads.len();
-                let Asked { tid, call } = &asked[index];
                 let thread = lane(index);
-                let arrived = index == 0 || self.wait_for(&process, *tid, &thread)?;
-                threads.push(arrived.then(|| come(*tid, thread, index == 0, &channel, call.as_ref())));
+                let arrived = index == 0 || self.wait_for(&process, index, &mut asked[index], &thread, &mut entered)?;
+                let Asked { tid, call, .. } = &asked[index];
+                if let Some(call) = call {
+                    known.note(*tid, call);
+                }
+                threads.push(arrived.then(|| come(*tid, thread, index == 0, &entered.channel, known)));
             }
             let now = tids(&process)?;
             let new: Vec<Pid> = now.into_iter().filter(|tid| !asked.iter().any(|asked| asked.tid == *tid)).collect();
@@ -263,19 +306,27 @@ impl Meeting {
                 break;
             }
             if asked.len() + new.len() > lanes {
-                return Err(DumpError::Changed { pid, what: "went on making threads".to_string() });
+                return Err(DumpError::Changed { pid, what: "went on making threads".to_string() }.into());
             }
             for tid in new {
-                self.ask(&process, pid, tid, &mut asked)?;
+                self.ask(&process, tid, &mut asked, Some(&mut entered))?;
             }
         }
+        let by_second = threads.iter_mut().zip(&asked).filter(|(_, asked)| asked.by_second);
+        let by_second =
+            by_second.filter_map(|(thread, _)| thread.as_mut().map(|thread| (thread.tid, &mut thread.lane)));
+        entered.second.put_back(&mut entered.channel, by_second).map_err(failed_in(pid))?;
         let mut threads: Vec<StoppedThread> = threads.into_iter().flatten().collect();
         threads.sort_by_key(|thread| (thread.tid != pid, thread.tid));
         if let Some(thread) = threads.iter().find(|thread| thread.arrival.interrupted == UNKNOWN_CALL) {
-            let why = format!("thread {} was in a system call that its code does not tell", thread.tid);
-            return Err(refusal(pid, "registers", &why, "try again a moment later"));
+            return Err(Failed::UnknownCall {
+                pid,
+                tid: thread.tid,
+                instruction: Place::of(&thread.arrival.context).instruction,
+            });
         }
         let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
+        let Entered { channel, base, rseq_offset, ids, .. } = entered;
         Ok(Stopped::Process(Box::new(StoppedProcess {
             frozen: FrozenProcess { task: task(pid, &stat), stopped: false },
             threads,
@@ -305,12 +356,30 @@ impl Meeting {
     }
 
     /// Queues the signal for a thread. One that has ended meanwhile is in the list all the same.
-    fn ask(&self, process: &Process, pid: Pid, tid: Pid, asked: &mut Vec<Asked>) -> Result<(), DumpError> {
+    fn ask(
+        &self,
+        process: &Process,
+        tid: Pid,
+        asked: &mut Vec<Asked>,
+        entered: Option<&mut Entered>,
+    ) -> Result<(), DumpError> {
+        let pid = process.proc.pid();
         let index = u16::try_from(asked.len())
             .map_err(|_| refusal(pid, "tasks", "it has more than 65,535 threads", "have it end some"))?;
-        let call = process.proc.text(format!("task/{tid}/syscall")).ok().and_then(|text| Call::parse(&text));
-        asked.push(Asked { tid, call });
-        match sys::queue_to_thread(pid, tid, SIGNAL, signal_value(index, self.nonce)) {
+        let call = call_until(process, tid, self.begun + LOOK);
+        // What waits for signals may take the first itself.
+        let by_second = match entered {
+            Some(entered) if call.as_ref().is_some_and(Call::waits_for_signals) && lets_in(process, tid) => {
+                entered.second.take(&mut entered.channel).map_err(failed_in(pid))?
+            }
+            _ => false,
+        };
+        asked.push(Asked { tid, by_second, call });
+        self.queue(pid, tid, if by_second { SECOND_SIGNAL } else { SIGNAL }, index)
+    }
+
+    fn queue(&self, pid: Pid, tid: Pid, signal: i32, index: u16) -> Result<(), DumpError> {
+        match sys::queue_to_thread(pid, tid, signal, signal_value(index, self.nonce)) {
             Ok(()) => Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
@@ -390,6 +459,7 @@ impl Meeting {
                         base: ready.base,
                         rseq_offset: (hello.has_rseq != 0).then_some(hello.rseq_offset),
                         ids: (hello.ids, hello.generation),
+                        second: SecondSignal::at(hello.lent, pid),
                     }));
                 }
                 // A stranger, or one that went away.
@@ -440,8 +510,17 @@ impl Meeting {
         (got == bytes.len()).then(|| sys::from_bytes(&bytes))
     }
 
-    /// Waits for a thread to be in its lane; false if it ended instead.
-    fn wait_for(&self, process: &Process, tid: Pid, lane: &Channel) -> Result<bool, DumpError> {
+    /// Waits for the thread that was asked as `index` to be in its lane; false if it ended instead.
+    fn wait_for(
+        &self,
+        process: &Process,
+        index: usize,
+        asked: &mut Asked,
+        lane: &Channel,
+        entered: &mut Entered,
+    ) -> Result<bool, DumpError> {
+        let pid = process.proc.pid();
+        let tid = asked.tid;
         let mut looks = 0;
         loop {
             if lane.has_arrived() {
@@ -451,6 +530,13 @@ impl Meeting {
             if looks < 200 {
                 std::thread::yield_now();
                 continue;
+            }
+            if !asked.by_second
+                && needs(process, tid)
+                && entered.second.take(&mut entered.channel).map_err(failed_in(pid))?
+            {
+                self.queue(pid, tid, SECOND_SIGNAL, index as u16)?;
+                asked.by_second = true;
             }
             let state = process.proc.thread_stat(tid).map(|stat| stat.state);
             match state {
@@ -484,27 +570,18 @@ impl Meeting {
     /// Not seen at once, as the shim itself holds the signal back while one program becomes another.
     fn silent(&self, process: &Process, tid: Pid, state: char) -> DumpError {
         let pid = process.proc.pid();
-        let blocked = process.proc.thread_status(tid).ok().and_then(|status| status.mask("SigBlk")).unwrap_or(0);
+        let blocked = blocked(process, tid);
         if state != 'D' && blocked >> (SIGNAL - 1) & 1 == 1 {
-            let why = format!("thread {tid} blocks every signal, that of the shim ({SIGNAL}) as well");
+            let why =
+                format!("thread {tid} blocks every signal, those of the shim ({SIGNAL}, {SECOND_SIGNAL}) as well");
             return refusal(pid, "tasks", &why, "try again when it lets them in, or use --backend ptrace");
-        }
-        let takes_it = |tid: &i32| {
-            let text = process.proc.text(format!("task/{tid}/syscall"));
-            text.ok().and_then(|text| Call::parse(&text)).is_some_and(|call| call.number == libc::SYS_rt_sigtimedwait)
-        };
-        let threads = process.proc.numbers("task").unwrap_or_default();
-        if state != 'D'
-            && let Some(taker) = threads.iter().find(|tid| takes_it(tid))
-        {
-            let why = format!(
-                "thread {taker} waits for signals and takes that of the shim ({SIGNAL}) itself, as the C library's thread \
-                 for timers with SIGEV_THREAD does"
-            );
-            return refusal(pid, "timers", &why, "use --backend ptrace");
         }
         DumpError::FreezeTimedOut { pid, seconds: self.timeout.as_secs(), state }
     }
+}
+
+fn failed_in(pid: Pid) -> impl Fn(TargetError) -> DumpError {
+    move |source| DumpError::Target { resource: "tasks", pid, source }
 }
 
 struct Greeted {
@@ -573,32 +650,18 @@ fn tids(process: &Process) -> Result<Vec<Pid>, DumpError> {
 }
 
 /// A thread that is in its lane.
-fn come(tid: Pid, lane: Channel, is_host: bool, main: &Channel, call: Option<&Call>) -> StoppedThread {
+fn come(tid: Pid, lane: Channel, is_host: bool, main: &Channel, known: &Known) -> StoppedThread {
     let at = if is_host { main } else { &lane };
     let mut bytes = vec![0; size_of::<Arrival>()];
     at.read_arrival(0, &mut bytes);
     let mut arrival: Arrival = sys::from_bytes(&bytes);
-    // The same call that it slept in when it was asked: the shim cannot see its number in every code, the kernel tells.
-    if let (UNKNOWN_CALL, Some(call)) = (arrival.interrupted, call)
-        && (call.stack, call.instruction) == (arrival.context[20], arrival.context[21])
-        && call.number >= 0
-    {
-        arrival.interrupted = call.number;
-        at.write_arrival(std::mem::offset_of!(Arrival, interrupted), &call.number.to_ne_bytes());
+    // The same call that it was seen to sleep in: the shim cannot see its number in every code, the kernel tells.
+    let seen = known.number(tid, Place::of(&arrival.context));
+    if let (UNKNOWN_CALL, Some(number)) = (arrival.interrupted, seen) {
+        arrival.interrupted = number;
+        at.write_arrival(offset_of!(Arrival, interrupted), &number.to_ne_bytes());
     }
     let mut xsave = vec![0; (arrival.xsave_size as usize).min(crate::protocol::MOST_XSAVE)];
     at.read_arrival(XSAVE_AT, &mut xsave);
     StoppedThread { tid, lane, arrival, xsave }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_sleeping_thread_shows_its_call() {
-        let call = Call::parse("230 0x1 0x0 0x7ffc 0x7ffd 0x0 0x0 0x7ffeb0 0x7f12aa\n").unwrap();
-        assert_eq!((call.number, call.stack, call.instruction), (230, 0x7ffeb0, 0x7f12aa));
-        assert!(Call::parse("running\n").is_none());
-    }
 }

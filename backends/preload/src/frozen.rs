@@ -37,7 +37,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::freeze::{self, StoppedProcess, StoppedThread};
 use crate::protocol::{Arrival, HANDLER_STACK, SIGNAL};
-use crate::{sys, virtual_ids};
+use crate::{second, sys, virtual_ids};
 
 /// A frozen process.
 pub struct FrozenTarget {
@@ -96,7 +96,7 @@ impl Agent {
 }
 
 /// Whether a process is there, asked while it does not answer. A thread's lane does not notice its end.
-fn alive(pid: Pid) -> impl FnMut() -> Result<(), TargetError> {
+pub fn alive(pid: Pid) -> impl FnMut() -> Result<(), TargetError> {
     move || match ProcDir::open(pid).and_then(|proc| proc.stat_line()) {
         Ok(stat) if stat.state != 'Z' => Ok(()),
         _ => Err(TargetError::Gone { pid }),
@@ -833,8 +833,7 @@ impl Target for FrozenTarget {
         };
         let tid = self.tids[thread];
         let status = self.process.proc.thread_status(tid).map_err(|source| self.error("reading status", source))?;
-        let ours = 1u64 << (SIGNAL - 1);
-        let wanted = status.mask(name).unwrap_or(0) & !ours;
+        let wanted = status.mask(name).unwrap_or(0);
         if wanted == 0 {
             return Ok(Vec::new());
         }
@@ -866,6 +865,7 @@ impl Target for FrozenTarget {
             .iter()
             .filter(|(_, signal)| replies.result(*signal).is_ok())
             .map(|(info, _)| replies.bytes(*info).try_into().expect("128 bytes"))
+            .filter(|info| !second::is_of_shim(info))
             .collect();
         if found.len() == MOST {
             let why = "more signals are pending than can be taken and put back at once";

@@ -22,7 +22,9 @@ mod probe;
 #[allow(dead_code)]
 mod protocol;
 mod release;
+mod second;
 mod skeleton;
+mod sleeping;
 #[allow(unsafe_code)]
 mod sys;
 // What only the shim uses of it.
@@ -65,8 +67,6 @@ fn capability() -> Capability {
             "naming the limit that is in the way",
             // The way out of a skeleton lies there, and nobody is left to put back what it lies over.
             "data right below a small stack",
-            // The thread of the C library that waits for them blocks every signal, and takes the shim's with `sigwaitinfo`.
-            "timers with SIGEV_THREAD",
         ],
         privileges: Vec::new(),
     }

@@ -16,6 +16,11 @@
 /// library; one that cancels threads shares it: what is not ours is passed on.
 pub const SIGNAL: i32 = 32;
 
+/// In place of it, for a thread that blocks it, as the C library's thread for timers with SIGEV_THREAD does, which takes it by
+/// `sigwaitinfo`. The C library leaves this one open there: it has every thread change its user by it (setuid(2)). It is the
+/// shim's only from the moment when a driver finds such a thread until that has come.
+pub const SECOND_SIGNAL: i32 = 33;
+
 /// Top 16 bits of the value of a signal that is ours. The index of a thread follows in the next 16, then 32 random
 /// bits, which name the socket.
 pub const VALUE_TAG: u64 = 0xc4b7;
@@ -31,7 +36,7 @@ pub const fn nonce_of_process(pid: i32) -> u32 {
 }
 
 /// Begins every [`Hello`]; the last byte is the version of all that is in this file and in the agent's protocol.
-pub const MAGIC: u64 = 0x636b_7074_7368_6d02;
+pub const MAGIC: u64 = 0x636b_7074_7368_6d04;
 
 /// The name of the socket, after its zero byte: this, and eight hexadecimal digits.
 pub const SOCKET_PREFIX: &[u8; 13] = b"ckpt-preload-";
@@ -70,6 +75,18 @@ pub struct Hello {
     /// Where the header of the virtual ids is, and their generation; see `translation.rs`.
     pub ids: u64,
     pub generation: u64,
+    /// Where the [`Lent`] is.
+    pub lent: u64,
+}
+
+/// In the shim: two actions (`struct sigaction` of the kernel) of [`SECOND_SIGNAL`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Lent {
+    /// The shim's handler.
+    pub ours: [u64; 4],
+    /// What the driver has found before it set that.
+    pub before: [u64; 4],
 }
 
 #[repr(C)]

@@ -27,6 +27,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("timers/cpu-time", &["timers"], cpu_time),
         Case::new("timers/cpu-time-of-one-thread", &["timers"], cpu_time_of_one_thread)
             .refused_at_dump("CPU time of the thread that made it"),
+        Case::new("timers/functions-in-threads", &["timers", "signals", "tasks"], functions_in_threads)
+            .unsteady()
+            .passing_threads(),
     ]
 }
 
@@ -447,4 +450,74 @@ fn cpu_time_of_one_thread(checkpoint: &Checkpoint) -> Result<(), String> {
     checkpoint.wait()?;
     barrier.wait();
     thread.join().map_err(|_| "the thread panicked")?
+}
+
+/// A timer of the C library that has a function run in a thread of its own (SIGEV_THREAD). The library has one more thread for
+/// them, which blocks all signals and waits for one.
+struct ThreadTimer(libc::timer_t);
+
+/// How often the function was run, by the value of the timer.
+static RUN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+
+extern "C" fn note_run(value: libc::sigval) {
+    RUN[value.sival_ptr as usize].fetch_add(1, Ordering::SeqCst);
+}
+
+fn run(value: usize) -> u64 {
+    RUN[value].load(Ordering::SeqCst)
+}
+
+impl ThreadTimer {
+    fn new(value: usize, first: Duration, period: Duration) -> Result<ThreadTimer, String> {
+        const SIGEV_THREAD: u32 = 2;
+        // struct sigevent: value, signal and kind, function, attributes of the thread.
+        let mut event = [value as u64, u64::from(SIGEV_THREAD) << 32, note_run as *const () as u64, 0, 0, 0, 0, 0];
+        let words = |time: Duration| [time.as_secs(), time.subsec_nanos().into()];
+        let new = [words(period), words(first)];
+        let mut timer: libc::timer_t = null_mut();
+        // SAFETY: a sigevent and an itimerspec, and room for an id.
+        unsafe {
+            done("timer_create", libc::timer_create(libc::CLOCK_MONOTONIC, event.as_mut_ptr().cast(), &mut timer))?;
+            done("timer_settime", libc::timer_settime(timer, 0, new.as_ptr().cast(), null_mut()))?;
+        }
+        Ok(ThreadTimer(timer))
+    }
+
+    /// (time left, period)
+    fn get(&self) -> Result<(Duration, Duration), String> {
+        let mut old = [[0u64; 2]; 2];
+        // SAFETY: a timer of ours, and room for an itimerspec.
+        done("timer_gettime", unsafe { libc::timer_gettime(self.0, old.as_mut_ptr().cast()) })?;
+        Ok((Duration::new(old[1][0], old[1][1] as u32), Duration::new(old[0][0], old[0][1] as u32)))
+    }
+
+    fn delete(self) -> Result<(), String> {
+        // SAFETY: a timer of ours.
+        unsafe {
+            done("timer_getoverrun", libc::timer_getoverrun(self.0))?;
+            done("timer_delete", libc::timer_delete(self.0)).map(drop)
+        }
+    }
+}
+
+fn functions_in_threads(checkpoint: &Checkpoint) -> Result<(), String> {
+    const PERIOD: Duration = Duration::from_millis(10);
+    // One that goes on, one that has fired, one that has not, and one that fires once about now.
+    let periodic = ThreadTimer::new(0, PERIOD, PERIOD)?;
+    let late = ThreadTimer::new(1, Duration::from_secs(2000), Duration::ZERO)?;
+    eventually("the first function is run", || run(0) >= 3)?;
+    let once = ThreadTimer::new(2, Duration::from_millis(1), Duration::ZERO)?;
+    checkpoint.wait()?;
+    let before = run(0);
+    eventually("the first function is run after the restore", || run(0) >= before + 5)?;
+    equal("its period", PERIOD, periodic.get()?.1)?;
+    eventually("the function that is to run once is run", || run(2) >= 1)?;
+    equal("what is left of its timer", (Duration::ZERO, Duration::ZERO), once.get()?)?;
+    let left = late.get()?.0;
+    that("the late timer went on", left <= Duration::from_secs(2000) && left > Duration::from_secs(1940))?;
+    equal("runs of a late function", 0, run(1))?;
+    let new = ThreadTimer::new(3, Duration::from_millis(1), PERIOD)?;
+    eventually("the function of a new timer is run", || run(3) >= 3)?;
+    equal("runs of a function that is to run once", 1, run(2))?;
+    [periodic, late, once, new].into_iter().try_for_each(ThreadTimer::delete)
 }

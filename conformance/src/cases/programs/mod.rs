@@ -63,9 +63,7 @@ pub fn cases() -> Vec<Case> {
             "programs/vim",
             &["files", "tasks", "terminals"],
             script(vim, &[("/usr/bin/python3", "python3"), ("/usr/bin/vim", "vim")]),
-        )
-        // It has one for searches that take too long.
-        .needs(&["timers with SIGEV_THREAD"]),
+        ),
         Case::with_root("programs/worker", RESOURCES, Root::Subject(worker::worker), 5),
     ]
     .into_iter()
