@@ -73,6 +73,12 @@ fn rename_file(file: &mut OpenFile, name: &dyn Fn(Pid) -> Pid) {
         owner.id = if owner.id < 0 { -id } else { id };
     }
     match &mut file.kind {
+        FileKind::Mqueue(open) => {
+            let notification = open.queue.as_mut().and_then(|queue| queue.notification.as_mut());
+            if let Some(notification) = notification {
+                notification.process = name(notification.process);
+            }
+        }
         FileKind::Pidfd(pidfd) => pidfd.pid = name(pidfd.pid),
         FileKind::Terminal(Terminal::Master(master)) => {
             master.session = name(master.session);

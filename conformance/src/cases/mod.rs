@@ -19,6 +19,7 @@ mod inotify;
 mod limits;
 mod locks;
 mod memory;
+mod mqueues;
 mod pidfds;
 mod pipes;
 mod programs;
@@ -54,6 +55,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         locks::cases,
         memory::cases,
+        mqueues::cases,
         pidfds::cases,
         pipes::cases,
         programs::cases,

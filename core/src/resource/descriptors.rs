@@ -202,6 +202,7 @@ macro_rules! file_kinds {
 file_kinds! {
     Device: super::devices::Devices,
     Memfd: super::memfds::Memfds,
+    Mqueue: super::mqueues::Mqueues,
     File: super::files::Files,
     Pipe: super::pipes::Pipes,
     Fifo: super::fifos::Fifos,

@@ -19,6 +19,7 @@ pub mod limits;
 pub mod locks;
 pub mod memfds;
 pub mod memory;
+pub mod mqueues;
 pub mod pidfds;
 pub mod pipes;
 pub mod questions;

@@ -1,8 +1,8 @@
 //! Descriptor tables and open file descriptions.
 
 use crate::v1::{
-    devices, epoll, eventfd, fifos, files, inet_sockets, inotify, memfds, pidfds, pipes, signalfd, terminals, timerfd,
-    unix_sockets,
+    devices, epoll, eventfd, fifos, files, inet_sockets, inotify, memfds, mqueues, pidfds, pipes, signalfd, terminals,
+    timerfd, unix_sockets,
 };
 use crate::wire::{wire_enum, wire_struct};
 
@@ -42,6 +42,7 @@ wire_enum! {
         Device(devices::DeviceV1),
         Memfd(memfds::MemfdV1),
         File(files::FileV1),
+        Mqueue(mqueues::OpenMqueueV1),
         Pipe(pipes::PipeV1),
         Fifo(fifos::FifoV1),
         Terminal(terminals::TerminalV1),

@@ -31,6 +31,7 @@ pub mod limits;
 pub mod locks;
 pub mod memfds;
 pub mod memory;
+pub mod mqueues;
 pub mod pidfds;
 pub mod pipes;
 pub mod registers;
