@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::case::{Clients, Program, READY, VERDICT};
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(150);
 
 pub fn program() -> Program {
     let needs = &[("/usr/bin/gcc", "gcc"), ("/usr/bin/make", "make"), ("/usr/bin/cmp", "diffutils")];
