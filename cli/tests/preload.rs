@@ -397,3 +397,110 @@ fn a_killed_dump_leaves_the_program_as_it_was() {
     assert_eq!(names(Path::new(&format!("/proc/{pid}/fd"))), ["0", "1", "2"]);
     assert!(numbers_are_in_order(workshop.path()));
 }
+
+/// Three loops that start programs and wait for them, and nothing else.
+const STORM: &str = "for n in 1 2 3; do (while :; do /bin/true || exit 1; (exit 3); [ $? = 3 ] || exit 1; \
+    [ \"$(/usr/bin/env echo $n)\" = $n ] || exit 1; echo $n; done) & done; wait";
+
+#[test]
+fn a_storm_of_programs_is_dumped_or_refused_and_never_harmed() {
+    let workshop = Workshop::new();
+    let root = start_script(&workshop, STORM);
+    let lines = || fs::read_to_string(workshop.path().join("output")).unwrap_or_default();
+    let of_each = || ["1", "2", "3"].map(|n| lines().lines().filter(|line| *line == n).count());
+    wait_until("all loops go", || of_each().iter().all(|count| *count > 2));
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    let mut done = 0;
+    for _ in 0..40 {
+        let outcome = run(&mut preload(["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()]));
+        if outcome.code() == Some(DONE) {
+            done += 1;
+            fs::remove_dir_all(&image).unwrap();
+        } else {
+            assert!(matches!(outcome.code(), Some(FAILED | REFUSED)), "{outcome:#?}");
+            assert_eq!(outcome.errors.len(), 1, "{outcome:#?}");
+            assert!(!outcome.errors[0].contains("a bug in ckpt"), "{outcome:#?}");
+        }
+        workshop.assert_no_image();
+    }
+    assert!(done > 0, "not one dump of 40 was done");
+    let before = of_each();
+    wait_until("all loops go on", || of_each().iter().zip(before).all(|(now, before)| *now > before + 2));
+    assert!(lines().lines().all(|line| ["1", "2", "3"].contains(&line)), "{}", lines());
+}
+
+/// Fills a file system again and again, and reads back what it could write.
+const FILLS: &str = r#"
+import errno, os
+full = 0
+block = bytes(range(256)) * 16
+while not os.path.exists("over"):
+    fd = os.open("mounted/file", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    written = 0
+    while True:
+        try:
+            written += os.write(fd, block)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, error
+            break
+    for n in range(300):
+        try:
+            os.write(fd, block)
+            assert False, "it is not full any more"
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, error
+    assert os.fstat(fd).st_size == written >= 200000, written
+    assert os.pread(fd, written, 0) == (block * (written // 4096 + 1))[:written]
+    os.close(fd)
+    full += 1
+    print("full", full, flush=True)
+print("all is well", flush=True)
+"#;
+
+#[test]
+fn a_full_disk_of_the_programs_own_stays_full() {
+    let workshop = Workshop::new();
+    let mounted = mount(&workshop, "mounted", "size=256k", nix::mount::MsFlags::empty());
+    let root = start_python(&workshop, FILLS);
+    let output = || fs::read_to_string(workshop.path().join("output")).unwrap_or_default();
+    let pid = root.0.to_string();
+    for round in 0..3 {
+        let before = output().lines().count();
+        wait_until("it fills the disk", || output().lines().count() > before + 2);
+        let image = workshop.path().join(format!("image-{round}"));
+        let image = image.to_str().unwrap();
+        run(preload(["dump", "-t", &pid, "-D", image]).current_dir(workshop.path())).assert_done();
+        wait_for(root.0, None);
+        run(preload(["restore", "-d", "-D", image]).current_dir(workshop.path())).assert_done();
+    }
+    let before = output().lines().count();
+    wait_until("it goes on", || output().lines().count() > before + 2);
+    fs::write(workshop.path().join("over"), "").unwrap();
+    let status = wait_for(root.0, None);
+    nix::mount::umount(&mounted).unwrap();
+    assert!(output().ends_with("all is well\n") && status == Some(0), "{status:?}: {}", output());
+    // It has ended; there is nothing to end any more.
+    std::mem::forget(root);
+}
+
+#[test]
+fn who_asks_and_is_gone_changes_nothing() {
+    let workshop = Workshop::new();
+    let root = start_script(&workshop, COUNT);
+    wait_until("it counts", || last_number(workshop.path()) >= 1);
+    // As `protocol::signal_value` has it, of a socket that nobody listens at.
+    const TAG: u64 = 0xc4b7 << 48;
+    for asked in 0..100u64 {
+        let mut info = [0u64; 16];
+        // struct siginfo: signal and errno, code SI_QUEUE, sender, value
+        (info[0], info[1], info[3]) = (32, 0xffff_ffff, TAG | (0x1234_0000 + asked));
+        // SAFETY: a siginfo of ours.
+        unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, root.0.0, 32, info.as_ptr()) };
+    }
+    let begun = last_number(workshop.path());
+    wait_until("it goes on", || last_number(workshop.path()) > begun + 3);
+    assert_eq!(names(Path::new(&format!("/proc/{}/fd", root.0))), ["0", "1", "2"]);
+    let (pid, image) = (root.0.to_string(), workshop.image());
+    run(&mut preload(["dump", "-t", &pid, "--leave-running", "-D", image.to_str().unwrap()])).assert_done();
+    assert!(numbers_are_in_order(workshop.path()));
+}

@@ -74,6 +74,7 @@ pub struct Case {
     pub refused_at_restore: Option<&'static str>,
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
+    pub restless: bool,
     pub loses_names: bool,
     pub passing_threads: bool,
     /// How often in a row it is dumped and restored.
@@ -109,6 +110,7 @@ impl Case {
             refused_at_restore: None,
             after_dump: None,
             unsteady: false,
+            restless: false,
             loses_names: false,
             passing_threads: false,
             cpu: None,
@@ -199,6 +201,13 @@ impl Case {
     /// itself is compared ([`Visible::coarse`](crate::visible::Visible::coarse)).
     pub fn unsteady(mut self) -> Case {
         self.unsteady = true;
+        self
+    }
+
+    /// The tree starts and ends processes or threads all the time. A dump that says that the tree changed meanwhile, and is
+    /// to be tried again, is tried again, and what can be seen from outside is not compared: the subject says how it is.
+    pub fn restless(mut self) -> Case {
+        self.restless = true;
         self
     }
 }

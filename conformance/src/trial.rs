@@ -100,6 +100,8 @@ const READY_DEADLINE: Duration = Duration::from_secs(60);
 const VERDICT_DEADLINE: Duration = Duration::from_secs(60);
 /// Until every thread is back where it was.
 const SETTLED: Duration = Duration::from_millis(500);
+/// How often a restless tree is dumped until it succeeds.
+const MOST_TRIES: usize = 30;
 /// For one round of dump and restore.
 const ROUND_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -351,7 +353,7 @@ impl Init<'_> {
         let files = self.files();
         // A dump that is not refused as it should be ends the subject, which is then missed.
         let after = if self.case.refused_at_dump.is_some() { After::Kill } else { After::LeaveRunning };
-        let result = driver::dump(backend(dumper), self.case, self.root, &image, after, self.ordinary);
+        let result = self.dump(dumper, &image, after);
         match (result, self.case.refused_at_dump) {
             (Ok(()), None) => {}
             (Ok(()), Some(text)) => return Err(format!("the dump was not refused; expected: {text}")),
@@ -366,8 +368,28 @@ impl Init<'_> {
             }
             (Err(failure), _) => return Err(format!("the dump failed: {failure:?}")),
         }
-        self.compare(before, "after the dump")?;
+        if !self.case.restless {
+            self.compare(before, "after the dump")?;
+        }
         self.after_restore(0)
+    }
+
+    /// One dump; of a restless tree as many as it takes, within limits.
+    fn dump(&mut self, dumper: &str, image: &Path, after: After) -> Result<(), Failure> {
+        let mut tries = 1;
+        loop {
+            let result = driver::dump(backend(dumper), self.case, self.root, image, after, self.ordinary);
+            match result {
+                Err(Failure::Said(message)) if self.case.restless && tries < MOST_TRIES && changed(&message) => {
+                    tries += 1;
+                    self.reap();
+                }
+                Err(Failure::Said(message)) if tries > 1 => {
+                    return Err(Failure::Said(format!("{message} (try {tries})")));
+                }
+                result => return result,
+            }
+        }
     }
 
     /// One round. Says whether there is a tree to judge.
@@ -379,14 +401,16 @@ impl Init<'_> {
         self.before_dump(round)?;
         let before = self.look();
         // Those that the programs know, and those that they have, should they differ by now.
-        let ids: BTreeSet<i32> =
+        let mut ids: BTreeSet<i32> =
             before.0.iter().flat_map(|pid| numbers(Path::new(&format!("/proc/{pid}/task")))).collect();
         let image = self.dir.join(format!("image-{round}"));
-        driver::dump(backend(dumper), self.case, self.root, &image, After::Kill, self.ordinary)
-            .map_err(|failure| format!("the dump failed: {failure:?}"))?;
+        self.dump(dumper, &image, After::Kill).map_err(|failure| format!("the dump failed: {failure:?}"))?;
         self.nothing_left("the dump")?;
         self.ended.clear();
         if let Some(strangers) = &mut self.strangers {
+            if self.case.restless {
+                ids.extend(ids_of(&image)?);
+            }
             strangers.take(&ids).map_err(|error| error.to_string())?;
         }
         if let Some(change) = self.case.after_dump.filter(|_| round == 0) {
@@ -410,7 +434,11 @@ impl Init<'_> {
         if self.case.shell_job {
             give_terminal(self.root).map_err(|error| format!("giving the terminal to the subject: {error}"))?;
         }
-        if self.strangers.is_some() {
+        if self.case.restless {
+            if !self.processes().contains(&self.root) {
+                return Err(format!("after the restore process {} is not there: {}", self.root, self.verdict()));
+            }
+        } else if self.strangers.is_some() {
             // It looks otherwise from outside. Whether it does from inside, the subject says.
             let (was, is) = (before.0.len(), self.look().0.len());
             if was != is {
@@ -571,6 +599,18 @@ impl Init<'_> {
             self.ended.insert(pid, ExitStatus::from_raw(status));
         }
     }
+}
+
+/// Whether a dump says that the tree did not stand still for it.
+fn changed(message: &str) -> bool {
+    ["try again", "dump again"].iter().any(|what| message.contains(what))
+}
+
+/// The ids of the processes and threads of an image.
+fn ids_of(image: &Path) -> Result<BTreeSet<i32>, String> {
+    let reader = ckpt_formats::open(image).map_err(|error| error.to_string())?;
+    let processes = &reader.image().processes;
+    Ok(processes.iter().flat_map(|process| process.threads.iter().map(|thread| thread.tid.0)).collect())
 }
 
 /// All processes of the namespace but init, and but those that bring in memory after a restore or serve it.

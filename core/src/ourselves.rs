@@ -62,6 +62,7 @@ impl Capability {
     pub const SETGID: Capability = Capability(6);
     pub const SETUID: Capability = Capability(7);
     pub const SETPCAP: Capability = Capability(8);
+    pub const SYS_CHROOT: Capability = Capability(18);
     pub const SYS_NICE: Capability = Capability(23);
     pub const SYS_RESOURCE: Capability = Capability(24);
     pub const WAKE_ALARM: Capability = Capability(35);

@@ -6,6 +6,7 @@
 use core::sync::atomic::Ordering;
 
 use crate::calls::{self, sys};
+use crate::commands;
 use crate::exec::{List, Text};
 use crate::ids;
 use crate::protocol::{DESCRIPTOR_VARIABLE, SIGNAL};
@@ -83,6 +84,9 @@ impl Prepared {
                 while !(*given.add(count)).is_null() {
                     if calls::begins_with(*given.add(count), PRELOAD) {
                         theirs = (*given.add(count)).add(PRELOAD.len());
+                        if commands::is_for_now(*given.add(count)) {
+                            theirs = after_colon(theirs);
+                        }
                     }
                     count += 1;
                 }
@@ -91,8 +95,11 @@ impl Prepared {
             let list = if wanted <= USUAL {
                 (&raw mut self.few).cast::<*const u8>()
             } else {
-                self.size = wanted * 8;
-                self.memory = start::allocate(self.size);
+                if self.memory.is_null() || self.size < wanted * 8 {
+                    self.free();
+                    self.size = wanted * 8;
+                    self.memory = start::allocate(self.size);
+                }
                 if self.memory.is_null() {
                     self.end();
                     return given;
@@ -117,7 +124,7 @@ impl Prepared {
             let mut n = 0;
             while n < count {
                 let variable = *given.add(n);
-                if !calls::begins_with(variable, PRELOAD) {
+                if !calls::begins_with(variable, PRELOAD) && !commands::is_for_now(variable) {
                     *list.add(to) = variable;
                     to += 1;
                 }
@@ -129,8 +136,26 @@ impl Prepared {
         }
     }
 
+    /// Whether a variable is the one that names the shim's descriptor.
+    pub fn is_its_descriptor(&self, variable: Text) -> bool {
+        variable == self.descriptor.as_ptr()
+    }
+
+    pub fn is_its_preload(&self, variable: Text) -> bool {
+        variable == self.preload.as_ptr()
+    }
+
     /// Takes everything away again, where the process goes on. Leaves errno alone.
     pub unsafe fn end(&mut self) {
+        // SAFETY: what `make` made.
+        unsafe {
+            self.close();
+            self.free();
+        }
+    }
+
+    /// Takes away all but the memory, which somebody may look into.
+    pub unsafe fn close(&mut self) {
         // SAFETY: what `make` made.
         unsafe {
             if self.fd >= 0 {
@@ -138,12 +163,30 @@ impl Prepared {
                 self.fd = -1;
             }
             let_signal();
-            if !self.memory.is_null() {
-                sys!(calls::MUNMAP, self.memory, self.size);
-                self.memory = core::ptr::null_mut();
+        }
+    }
+
+    unsafe fn free(&mut self) {
+        if !self.memory.is_null() {
+            // SAFETY: what `make` made.
+            unsafe { sys!(calls::MUNMAP, self.memory, self.size) };
+            self.memory = core::ptr::null_mut();
+        }
+    }
+}
+
+/// What a list of libraries holds after its first one: null if nothing.
+unsafe fn after_colon(mut text: Text) -> Text {
+    // SAFETY: a C string.
+    unsafe {
+        while *text != 0 {
+            text = text.add(1);
+            if *text.sub(1) == b':' {
+                return text;
             }
         }
     }
+    core::ptr::null()
 }
 
 /// The shim in a memfd that outlives an exec, with a high number.

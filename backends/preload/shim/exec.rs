@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `execve`, `execv`, `execvp`, `execvpe`, `execl`, `execlp`, `execle`, `execveat`, `fexecve` | the new program's environment |
 //! | `posix_spawn`, `posix_spawnp` | libc makes the exec of these inside itself |
-//! | `system`, `popen` | the same, with the environment of the process |
+//! | `system`, `popen` | the same, with the environment of the process: `commands.rs` |
 //! | `syscall` | the same calls by number; and a mask that would block the shim's signal, which libc's own calls leave out |
 //! | `pthread_cancel` | its first call takes the shim's signal: afterwards the shim takes it back, and passes on what is not its own |
 //!
@@ -18,26 +18,24 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 use crate::calls::{self, sys};
 use crate::environment::{Prepared, hold_signal};
 use crate::unprotected::{File, warn_of, warn_of_found};
-use crate::{freeze, start};
+use crate::{commands, freeze, start};
 
 pub type Text = *const u8;
 pub type List = *const *const u8;
 
 unsafe extern "C" {
-    static mut environ: List;
+    pub static mut environ: List;
     pub fn __errno_location() -> *mut i32;
 }
 core::arch::global_asm!(".weak environ", ".weak __errno_location");
 
 /// The functions that ours stand before, looked up once: `dlsym` takes locks, which a child after fork may not.
-const NAMES: [&[u8]; 8] = [
+const NAMES: [&[u8]; 6] = [
     b"execvpe\0",
     b"fexecve\0",
     b"execveat\0",
     b"posix_spawn\0",
     b"posix_spawnp\0",
-    b"system\0",
-    b"popen\0",
     b"pthread_cancel\0",
 ];
 static REAL: [AtomicPtr<u8>; NAMES.len()] = [const { AtomicPtr::new(core::ptr::null_mut()) }; NAMES.len()];
@@ -46,15 +44,15 @@ const FEXECVE: usize = 1;
 const EXECVEAT: usize = 2;
 const POSIX_SPAWN: usize = 3;
 const POSIX_SPAWNP: usize = 4;
-const SYSTEM: usize = 5;
-const POPEN: usize = 6;
-const PTHREAD_CANCEL: usize = 7;
+const PTHREAD_CANCEL: usize = 5;
 
 /// Finds them all.
 ///
 /// # Safety
 /// Called by the constructor, where there is one thread.
 pub unsafe fn find_real() {
+    // SAFETY: as this one is called.
+    unsafe { commands::find_real() };
     for (real, name) in REAL.iter().zip(NAMES) {
         // SAFETY: a C string.
         real.store(unsafe { start::next(name) }, Ordering::Relaxed);
@@ -110,23 +108,6 @@ unsafe fn spawn_with(envp: List, spawn: impl FnOnce(List) -> i32) -> i32 {
     unsafe {
         let mut prepared = Prepared::new();
         let result = spawn(prepared.make(envp));
-        prepared.end();
-        result
-    }
-}
-
-/// Starts another program with the environment that libc takes from `environ`: meanwhile that is one with the shim, which
-/// nobody but the program has use for.
-unsafe fn start_with<R>(start: impl FnOnce() -> R) -> R {
-    // SAFETY: as the caller of the function that is wrapped has to see to.
-    unsafe {
-        let before = environ;
-        let mut prepared = Prepared::new();
-        environ = prepared.make(before);
-        let result = start();
-        if environ == prepared.list {
-            environ = before;
-        }
         prepared.end();
         result
     }
@@ -218,21 +199,6 @@ macro_rules! spawn {
 }
 spawn!(posix_spawn, POSIX_SPAWN, |path, list| warn_of(File::at(path), list));
 spawn!(posix_spawnp, POSIX_SPAWNP, |path, list| warn_of_found(path, list));
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn system(command: Text) -> i32 {
-    // SAFETY: as the caller of system has to see to.
-    unsafe {
-        let function = real!(SYSTEM, unsafe extern "C" fn(Text) -> i32);
-        if command.is_null() { function(command) } else { start_with(|| function(command)) }
-    }
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn popen(command: Text, mode: Text) -> *mut u8 {
-    // SAFETY: as the caller of popen has to see to: it returns when the command has been started.
-    unsafe { start_with(|| real!(POPEN, unsafe extern "C" fn(Text, Text) -> *mut u8)(command, mode)) }
-}
 
 /// The first call has libc install its handler, over the shim's.
 #[unsafe(no_mangle)]

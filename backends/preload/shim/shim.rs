@@ -21,6 +21,7 @@ mod agent;
 mod altstack;
 mod by_number;
 mod calls;
+mod commands;
 mod environment;
 mod exec;
 mod freeze;

@@ -166,7 +166,12 @@ fn try_freeze(
             Err(_) if pid != root => continue,
             Err(error) => return Err(gone(pid, error).into()),
         };
-        match meeting.stop(process, known)? {
+        let stopped = match meeting.stop(process, known) {
+            // The same, while it was looked at.
+            Err(Failed::Dump(DumpError::NoSuchProcess(gone))) if gone == pid && pid != root => continue,
+            other => other?,
+        };
+        match stopped {
             Stopped::Process(stopped) => {
                 let mut children = stopped.process.proc.children().map_err(|error| gone(pid, error))?;
                 children.reverse();
@@ -249,7 +254,10 @@ impl Meeting {
     /// Stops all threads of a process, until no new one appears.
     fn stop(&mut self, process: Process, known: &mut Known) -> Result<Stopped, Failed> {
         let pid = process.proc.pid();
-        let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
+        let stat = self.wait_for_shim(&process)?;
+        if stat.state == 'X' {
+            return Err(DumpError::NoSuchProcess(pid).into());
+        }
         if stat.state == 'Z' && stat.num_threads <= 1 {
             return Ok(Stopped::Zombie(Zombie { task: task(pid, &stat), status: stat.exit_code }));
         }
@@ -258,8 +266,6 @@ impl Meeting {
                 refusal(pid, "tasks", "its main thread has exited while others go on", "have it keep that").into()
             );
         }
-        self.wait_for_shim(&process)?;
-        refuse_unreachable(pid, &process.proc, &stat)?;
         let first = tids(&process)?;
         let lanes = first.len() + NEW_THREADS;
         let kinds = std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, lanes));
@@ -339,20 +345,23 @@ impl Meeting {
         })))
     }
 
-    /// A program that was just started has no handler yet: it gets a little time until its shim is there.
-    fn wait_for_shim(&self, process: &Process) -> Result<(), DumpError> {
+    /// Looks at a process until it can be asked, or has ended. A program that was just started has no handler yet, and in the
+    /// middle of its start, as of its end, the kernel lets nobody look at it, as if it were not dumpable: it gets a little time.
+    fn wait_for_shim(&self, process: &Process) -> Result<Stat, DumpError> {
         const LOADING: Duration = Duration::from_secs(1);
         let pid = process.proc.pid();
         let end = (Instant::now() + LOADING).min(self.deadline);
-        while Instant::now() < end {
-            // One that has ended is looked at again by whoever is next.
-            match process.proc.status() {
-                Ok(status) if !handles_signal(&status) => std::thread::sleep(Duration::from_millis(1)),
-                Ok(_) => return Ok(()),
-                Err(error) => return Err(gone(pid, error)),
+        loop {
+            let stat = process.proc.stat_line().map_err(|error| gone(pid, error))?;
+            if matches!(stat.state, 'Z' | 'X') {
+                return Ok(stat);
+            }
+            match refuse_unreachable(pid, &process.proc, &stat) {
+                Ok(()) => return Ok(stat),
+                Err(refusal) if is_stopped(&stat) || Instant::now() >= end => return Err(refusal),
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         }
-        Ok(())
     }
 
     /// Queues the signal for a thread. One that has ended meanwhile is in the list all the same.
@@ -589,6 +598,10 @@ struct Greeted {
     ready: Ready,
 }
 
+fn is_stopped(stat: &Stat) -> bool {
+    matches!(stat.state, 'T' | 't')
+}
+
 /// What can be seen beforehand to have no answer.
 fn refuse_unreachable(pid: Pid, proc: &ProcDir, stat: &Stat) -> Result<(), DumpError> {
     let status = proc.status().map_err(|error| gone(pid, error))?;
@@ -604,7 +617,7 @@ fn refuse_unreachable(pid: Pid, proc: &ProcDir, stat: &Stat) -> Result<(), DumpE
             "have the tree start dynamically linked programs only, or use --backend ptrace",
         ));
     }
-    if matches!(stat.state, 'T' | 't') {
+    if is_stopped(stat) {
         return Err(refusal(
             pid,
             "tasks",

@@ -522,6 +522,46 @@ impl FrozenTarget {
         Err(self.error("registers", io::Error::other(why)))
     }
 
+    /// The pending signals of a set, which are pending again afterwards, in the same order.
+    fn take_and_put_back(
+        &mut self,
+        queue: Queue,
+        thread: usize,
+        tid: Pid,
+        set: u64,
+    ) -> Result<Vec<SigInfo>, TargetError> {
+        // Both in one batch, which is finished even if we are lost.
+        const MOST: usize = 28;
+        let mut batch = Batch::new();
+        let set = batch.words(&[set]);
+        let now = batch.words(&[0, 0]);
+        let taken: Vec<_> = (0..MOST)
+            .map(|_| {
+                let info = batch.room(128);
+                (info, batch.try_call(Sysno::rt_sigtimedwait, args![set, info, now, 8]))
+            })
+            .collect();
+        for &(info, signal) in &taken {
+            match queue {
+                Queue::Shared => batch.try_call(Sysno::rt_sigqueueinfo, args![self.tids[0].0, signal, info]),
+                Queue::Thread(_) => {
+                    batch.try_call(Sysno::rt_tgsigqueueinfo, args![self.tids[0].0, tid.0, signal, info])
+                }
+            };
+        }
+        let replies = self.agent().run_on(thread, &batch)?;
+        let found: Vec<SigInfo> = taken
+            .iter()
+            .filter(|(_, signal)| replies.result(*signal).is_ok())
+            .map(|(info, _)| replies.bytes(*info).try_into().expect("128 bytes"))
+            .collect();
+        if found.len() == MOST {
+            let why = "more signals of one number are pending than can be taken and put back at once";
+            return Err(self.error("taking pending signals", io::Error::other(why)));
+        }
+        Ok(found.into_iter().filter(|info| !second::is_of_shim(info)).collect())
+    }
+
     /// Whether a handler of the program will run when a thread goes on.
     fn is_signalled(&self, thread: usize) -> Result<bool, TargetError> {
         let status = self.process.proc.thread_status(self.tids[thread]);
@@ -841,35 +881,12 @@ impl Target for FrozenTarget {
             let why = "a signal is pending for a thread and for its process at once, and the two cannot be told apart";
             return Err(self.error("taking pending signals", io::Error::other(why)));
         }
-        // Both in one batch, which is finished even if we are lost.
-        const MOST: usize = 28;
-        let mut batch = Batch::new();
-        let set = batch.words(&[wanted]);
-        let now = batch.words(&[0, 0]);
-        let taken: Vec<_> = (0..MOST)
-            .map(|_| {
-                let info = batch.room(128);
-                (info, batch.try_call(Sysno::rt_sigtimedwait, args![set, info, now, 8]))
-            })
-            .collect();
-        for &(info, signal) in &taken {
-            match queue {
-                Queue::Shared => batch.try_call(Sysno::rt_sigqueueinfo, args![self.tids[0].0, signal, info]),
-                Queue::Thread(_) => {
-                    batch.try_call(Sysno::rt_tgsigqueueinfo, args![self.tids[0].0, tid.0, signal, info])
-                }
-            };
-        }
-        let replies = self.agent().run_on(thread, &batch)?;
-        let found: Vec<SigInfo> = taken
-            .iter()
-            .filter(|(_, signal)| replies.result(*signal).is_ok())
-            .map(|(info, _)| replies.bytes(*info).try_into().expect("128 bytes"))
-            .filter(|info| !second::is_of_shim(info))
-            .collect();
-        if found.len() == MOST {
-            let why = "more signals are pending than can be taken and put back at once";
-            return Err(self.error("taking pending signals", io::Error::other(why)));
+        // Of signals below those of real time there is one of each; of the others each has a queue of its own.
+        const STANDARD: u64 = (1 << 31) - 1;
+        let queues = (31..64).map(|signal| 1 << signal);
+        let mut found = Vec::new();
+        for set in std::iter::once(STANDARD).chain(queues).map(|set: u64| set & wanted).filter(|set| *set != 0) {
+            found.extend(self.take_and_put_back(queue, thread, tid, set)?);
         }
         Ok(found)
     }

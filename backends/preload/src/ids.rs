@@ -20,6 +20,8 @@ use crate::sys;
 pub const LARGEST_RANGE: u64 = 131_072;
 /// `RESERVED_PIDS` of the kernel: once it has given out all ids, it begins anew with this one.
 pub const LOWEST: i32 = 300;
+/// How long the id of a thread that has ended may be in use.
+const SETTLING: Duration = Duration::from_secs(1);
 /// How long one id may take. Others on the host may take the wanted one just before us, which costs a round.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -50,7 +52,7 @@ impl Ids {
         let mut ids = Ids { others: false, walking: !sys::may_choose_ids(), last: None, range, probe: None };
         for id in wanted {
             let out_of_reach = ids.walking && (range > LARGEST_RANGE || id.0 < LOWEST);
-            if out_of_reach || id.0 as u64 >= range || ids.in_use(id.0)? {
+            if out_of_reach || id.0 as u64 >= range || ids.stays_in_use(*id)? {
                 ids.others = true;
                 break;
             }
@@ -122,6 +124,19 @@ impl Ids {
         Ok(sys::id_in_use(probe.as_fd(), id))
     }
 
+    /// Whether an id is in use, and not only until a thread that has just ended is done with it: that is gone from `/proc` a
+    /// moment before. An id that only a group or session has is not to be seen there either.
+    fn stays_in_use(&mut self, id: Pid) -> io::Result<bool> {
+        let begin = Instant::now();
+        while self.in_use(id.0)? {
+            if self.is_taken(id) || begin.elapsed() > SETTLING {
+                return Ok(true);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(false)
+    }
+
     /// Whether a process or thread has an id.
     fn is_taken(&self, id: Pid) -> bool {
         std::path::Path::new(&format!("/proc/{id}")).exists()
@@ -135,7 +150,7 @@ impl Ids {
                 Err(error)
                     if error.raw_os_error() == Some(libc::EEXIST)
                         && !self.is_taken(id)
-                        && begin.elapsed() < Duration::from_secs(1) =>
+                        && begin.elapsed() < SETTLING =>
                 {
                     std::thread::sleep(Duration::from_millis(1));
                 }

@@ -1,12 +1,13 @@
 //! What the C library does behind a program's back, with signals and handlers of its own: cancelling threads, handlers
-//! around fork, many threads, and the signals that it keeps for itself.
+//! around fork, many threads, and the signals that it keeps for itself; and programs that have it do so all the time.
 
 use std::mem::zeroed;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Barrier};
 
-use crate::case::{Case, Checkpoint};
+use super::compiled::{self, Compiled};
+use crate::case::{Case, Checkpoint, Program};
 use crate::expect::{done, equal, eventually, in_child};
 
 pub fn cases() -> Vec<Case> {
@@ -17,8 +18,50 @@ pub fn cases() -> Vec<Case> {
         Case::new("c_library/handlers-for-every-signal", signals, handlers_for_every_signal),
         Case::new("c_library/its-own-signal", signals, its_own_signal),
         Case::new("c_library/many-threads", &["tasks", "registers"], many_threads),
+        restless("c_library/cancel-all-the-time", compiled::program(|dir| CANCEL.command(dir))),
+        steady("c_library/contexts", compiled::program(|dir| CONTEXTS.command(dir))),
+        steady("c_library/jemalloc", compiled::needing(|dir| JEMALLOC.command(dir), WITH_JEMALLOC)),
+        steady("c_library/jemalloc-preloaded", compiled::needing(|dir| PRELOADED.command(dir), WITH_JEMALLOC)),
+        steady("c_library/jumps", compiled::program(|dir| JUMPS.command(dir))),
+        restless("c_library/libraries-come-and-go", compiled::program(|dir| LIBRARIES.command(dir))),
+        steady("c_library/malloc", compiled::program(|dir| MALLOC.command(dir))),
+        steady("c_library/malloc-of-its-own", compiled::program(|dir| OWN_MALLOC.command(dir))),
+        steady("c_library/signals-in-flight", compiled::program(|dir| SIGNALS.command(dir))),
     ]
 }
+
+const ROUNDS: usize = 3;
+const COMPILED: &[&str] = &["memory", "registers", "signals", "tasks"];
+
+fn steady(name: &'static str, program: Program) -> Case {
+    Case::program(name, COMPILED, program).unsteady().rounds(ROUNDS)
+}
+
+fn restless(name: &'static str, program: Program) -> Case {
+    Case::program(name, COMPILED, program).restless().rounds(ROUNDS)
+}
+
+const CANCEL: Compiled = Compiled::new(include_str!("compiled/cancel.c"));
+const CONTEXTS: Compiled = Compiled::new(include_str!("compiled/contexts.c"));
+const JUMPS: Compiled = Compiled::new(include_str!("compiled/jumps.c"));
+const SIGNALS: Compiled = Compiled::new(include_str!("compiled/signals.c"));
+const MALLOC: Compiled = Compiled::new(include_str!("compiled/malloc.c"));
+const OWN_MALLOC: Compiled = Compiled { flags: "-fno-builtin -DOWN", ..MALLOC };
+
+const LIBJEMALLOC: &str = "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2";
+const WITH_JEMALLOC: &[(&str, &str)] = &[compiled::GCC, (LIBJEMALLOC, "libjemalloc2")];
+const JEMALLOC: Compiled = Compiled { flags: "-DFROM='\"jemalloc\"' -l:libjemalloc.so.2", ..MALLOC };
+const PRELOADED: Compiled =
+    Compiled { flags: "-DFROM='\"jemalloc\"'", by: "env LD_PRELOAD=libjemalloc.so.2", ..MALLOC };
+
+const LIBRARIES: Compiled = Compiled {
+    before: concat!(
+        "cat > plugin.c <<'END'\n",
+        include_str!("compiled/plugin.c"),
+        "\nEND\nfor n in 1 2 3 4; do gcc -shared -fPIC -DNUMBER=$n -o plugin$n.so plugin.c || exit 1; done"
+    ),
+    ..Compiled::new(include_str!("compiled/dlopen.c"))
+};
 
 unsafe extern "C" {
     fn pthread_cancel(thread: libc::pthread_t) -> i32;

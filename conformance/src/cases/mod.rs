@@ -6,6 +6,7 @@ mod attributes;
 mod c_library;
 mod calls;
 mod cgroups;
+mod compiled;
 mod credentials;
 mod descriptors;
 mod devices;

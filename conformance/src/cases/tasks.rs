@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getpgrp, getpid, getppid, getsid, gettid, setpgid, setsid};
 
+use super::compiled::{self, Compiled};
 use crate::case::{Case, Checkpoint};
 
 pub fn cases() -> Vec<Case> {
@@ -24,8 +25,20 @@ pub fn cases() -> Vec<Case> {
         Case::new("tasks/threads", tasks, threads),
         Case::new("tasks/threads-of-children", tasks, threads_of_children),
         Case::new("tasks/stopped-child", &["tasks", "signals"], stopped_child).needs(&["stopped processes"]),
+        Case::program("tasks/calls-by-number", tasks, compiled::program(|dir| BY_NUMBER.command(dir))).rounds(3),
+        Case::program(
+            "tasks/started-in-all-ways",
+            &["files", "pipes", "tasks"],
+            compiled::program(|dir| STARTED.command(dir)),
+        )
+        .rounds(3),
+        Case::program("tasks/storm", tasks, compiled::program(|dir| STORM.command(dir))).restless().rounds(3),
     ]
 }
+
+const BY_NUMBER: Compiled = Compiled::new(include_str!("compiled/raw.c"));
+const STARTED: Compiled = Compiled::new(include_str!("compiled/starts.c"));
+const STORM: Compiled = Compiled::new(include_str!("compiled/storm.c"));
 
 fn text(what: &'static str) -> impl Fn(nix::Error) -> String {
     move |error| format!("{what}: {error}")

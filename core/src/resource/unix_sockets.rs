@@ -8,7 +8,8 @@
 //! - A name in the file system: the file of a socket is no good without the socket, so a restore replaces the dead one
 //!   that the dump has left behind. It replaces nothing else.
 //! - A connection that was accepted has the name of the socket it came through, and may outlive it. It is made through a
-//!   listening socket of that name in a root directory of its own (`chroot`), where it meets nobody.
+//!   listening socket of that name in a root directory of its own (`chroot`), where it meets nobody; without the privilege
+//!   for that, where the name leads to, whose file is moved aside before anybody listens.
 
 mod collect;
 mod connections;
@@ -206,6 +207,8 @@ impl Resource for UnixSockets {
             if name.len() > NAME_MAX || (name.first() != Some(&0) && leads_upwards(name)) {
                 let why = format!("the file of {} is gone, and that name leads upwards", show(name));
                 context.refuse(&*subject, why, "have the program bind such a socket to a plain path");
+            } else if let Err((why, help)) = can_be_hidden(name) {
+                context.refuse(&*subject, why, help);
             }
         }
         if let Some(file) = saved.file.as_ref().filter(|_| !accepted) {

@@ -1,11 +1,13 @@
 //! Real programs, each judged by its own result or by its clients, through five rounds of dump and restore in a row.
 
+mod gcc;
 mod nginx;
 mod redis;
 
 use std::path::Path;
 use std::process::Command;
 
+use super::compiled::{self, Compiled};
 use crate::case::{Case, Program, Root};
 use crate::worker;
 
@@ -21,6 +23,7 @@ pub fn cases() -> Vec<Case> {
             script(deleted_executable, &[("/bin/bash", "bash"), ("/usr/bin/cmp", "diffutils")]),
         )
         .needs(&["deleted executables"]),
+        Case::program("programs/gcc", RESOURCES, gcc::program()).restless().rounds(3),
         Case::program("programs/java", RESOURCES, script(java, &[("/usr/bin/java", "default-jre-headless")])),
         Case::program(
             "programs/nginx",
@@ -34,6 +37,7 @@ pub fn cases() -> Vec<Case> {
             &["memory", "registers", "tasks"],
             script(numpy, &[("/usr/lib/python3/dist-packages/numpy/__init__.py", "python3-numpy")]),
         ),
+        Case::program("programs/openmp", RESOURCES, compiled::program(|dir| OPENMP.command(dir))).rounds(3),
         Case::program("programs/perl", RESOURCES, script(perl, &[("/usr/bin/perl", "perl")])),
         Case::program(
             "programs/postgresql",
@@ -42,8 +46,7 @@ pub fn cases() -> Vec<Case> {
                 postgresql,
                 &[("/usr/share/postgresql-common/pg_wrapper", "postgresql"), ("/usr/bin/setpriv", "util-linux")],
             ),
-        )
-        .privileged("accepted connections of a named socket take CAP_SYS_CHROOT"),
+        ),
         Case::program(
             "programs/python",
             &["files", "locks", "memory", "registers", "signals", "tasks"],
@@ -70,6 +73,8 @@ pub fn cases() -> Vec<Case> {
     .map(Case::unsteady)
     .collect()
 }
+
+const OPENMP: Compiled = Compiled { flags: "-fopenmp", ..Compiled::new(include_str!("../compiled/openmp.c")) };
 
 fn script(command: fn(&Path) -> Command, needs: &'static [(&'static str, &'static str)]) -> Program {
     Program { command, needs, clients: None }

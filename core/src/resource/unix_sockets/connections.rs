@@ -117,7 +117,7 @@ pub(super) fn add_lost_peer(
     let place = hidden(context, name)?;
     let lost = batch.call(Sysno::socket, args![libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0]);
     add_bind(batch, lost, name, &place, 0o777);
-    place.at(batch, |batch| add_connect(batch, fd, name));
+    place.at(batch, |batch| add_connect(batch, fd, place.leads_to(name)));
     batch.call(Sysno::close, args![lost]);
     Ok(place)
 }
@@ -312,7 +312,9 @@ pub(super) fn connection(
     add_beginning(context, client, &others, true)?;
     let mut batch = Batch::new();
     place.at(&mut batch, |batch| {
-        as_user(batch, server.credentials(), &others, |batch| add_connect(batch, client.fd, server.name))
+        as_user(batch, server.credentials(), &others, |batch| {
+            add_connect(batch, client.fd, place.leads_to(server.name))
+        })
     });
     context.run(client.process, &batch)?;
 

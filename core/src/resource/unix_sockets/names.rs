@@ -1,6 +1,9 @@
 //! Names of Unix sockets: whether they can be had, and where they are bound.
 
+use std::io::Read;
+
 use super::*;
+use crate::ourselves::{Capability, ourselves};
 
 /// Whether a socket can be bound to a path: nothing is there, or what is there is the file of a socket that is no more.
 pub(super) fn is_free(path: &Path) -> Result<(), (String, String)> {
@@ -121,11 +124,71 @@ impl Drop for Hideout {
     }
 }
 
+/// A path that is bound where it leads to, without the privilege to have another root directory. What is there is out of
+/// the way as long as this lives, and so is what was bound, from right after the call on: the name stays with the socket, and
+/// whoever else uses it finds nothing.
+pub(super) struct Aside {
+    path: PathBuf,
+    directory: PathBuf,
+    /// Of the socket, in that directory.
+    bound: String,
+    /// Of what was there before, in that directory.
+    kept: String,
+}
+
+impl Aside {
+    fn new(path: &Path) -> Result<Aside, RestoreError> {
+        let error = |source| RestoreError::Io { what: path.display().to_string(), source };
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        // Nobody can have guessed it.
+        let mut random = [0; 8];
+        std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).map_err(error)?;
+        let name = |what: &str| format!(".ckpt-{what}-{:016x}", u64::from_ne_bytes(random));
+        let aside = Aside {
+            path: path.to_path_buf(),
+            directory: directory.to_path_buf(),
+            bound: name("bound"),
+            kept: name("kept"),
+        };
+        match std::fs::rename(path, directory.join(&aside.kept)) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(error(source)),
+            _ => Ok(aside),
+        }
+    }
+
+    /// Adds the call that takes away what was just bound.
+    fn add_move(&self, batch: &mut Batch) {
+        let (from, to) = (batch.string(self.path.as_os_str().as_bytes()), batch.string(self.bound.as_bytes()));
+        batch.call(Sysno::renameat, args![libc::AT_FDCWD, from, libc::AT_FDCWD, to]);
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.directory.join(&self.bound));
+        let _ = std::fs::rename(self.directory.join(&self.kept), &self.path);
+    }
+}
+
+/// Adds calls with `inner` in a directory.
+fn in_directory<T>(batch: &mut Batch, directory: &Path, inner: impl FnOnce(&mut Batch) -> T) -> T {
+    let here = batch.string(b".");
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    let back = batch.call(Sysno::openat, args![libc::AT_FDCWD, here, flags]);
+    let directory = batch.string(directory.as_os_str().as_bytes());
+    batch.call(Sysno::chdir, args![directory]);
+    let result = inner(batch);
+    batch.call(Sysno::fchdir, args![back]);
+    batch.call(Sysno::close, args![back]);
+    result
+}
+
 /// Where a name is to be used.
 pub(super) enum Place {
     /// Where it is found by everybody: an abstract name, or a path that others use.
     Open,
     Hidden(Hideout),
+    Aside(Aside),
     /// A relative path, from its directory.
     In(PathBuf),
 }
@@ -141,24 +204,44 @@ impl Place {
                 hideout.leave(batch, back);
                 result
             }
-            Place::In(directory) => {
-                let here = batch.string(b".");
-                let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-                let back = batch.call(Sysno::openat, args![libc::AT_FDCWD, here, flags]);
-                let directory = batch.string(directory.as_os_str().as_bytes());
-                batch.call(Sysno::chdir, args![directory]);
-                let result = inner(batch);
-                batch.call(Sysno::fchdir, args![back]);
-                batch.call(Sysno::close, args![back]);
-                result
-            }
+            Place::Aside(aside) => in_directory(batch, &aside.directory, inner),
+            Place::In(directory) => in_directory(batch, directory, inner),
+        }
+    }
+
+    /// The name by which the socket that is bound here is reached from here.
+    pub(super) fn leads_to<'a>(&'a self, name: &'a [u8]) -> &'a [u8] {
+        match self {
+            Place::Aside(aside) => aside.bound.as_bytes(),
+            Place::Open | Place::Hidden(_) | Place::In(_) => name,
         }
     }
 }
 
 /// Where a name that nobody else shall use is bound: an abstract one has no other place.
 pub(super) fn hidden(context: &RebuildFile<'_>, name: &[u8]) -> Result<Place, RestoreError> {
-    Ok(if name.first() == Some(&0) { Place::Open } else { Place::Hidden(Hideout::new(context, name)?) })
+    Ok(match name {
+        [0, ..] => Place::Open,
+        [b'/', ..] if !ourselves().may(Capability::SYS_CHROOT) => {
+            Place::Aside(Aside::new(Path::new(OsStr::from_bytes(name)))?)
+        }
+        _ => Place::Hidden(Hideout::new(context, name)?),
+    })
+}
+
+/// Whether [`hidden`] can have a path, as far as that can be told beforehand.
+pub(super) fn can_be_hidden(name: &[u8]) -> Result<(), (String, String)> {
+    if name.first() != Some(&b'/') || ourselves().may(Capability::SYS_CHROOT) {
+        return Ok(());
+    }
+    let path = Path::new(OsStr::from_bytes(name));
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let elsewhere = |(why, help)| (why, format!("{help}, or give ckpt CAP_SYS_CHROOT"));
+    is_free(path).map_err(elsewhere)?;
+    nix::unistd::access(directory, nix::unistd::AccessFlags::W_OK).map_err(|errno| {
+        let why = format!("its directory {} cannot be written to: {}", directory.display(), errno.desc());
+        elsewhere((why, "run ckpt as the user whose directory it is".into()))
+    })
 }
 
 /// Where a socket of the image is bound. A dead file that is in the way is removed.
@@ -187,6 +270,9 @@ pub(super) fn add_bind(batch: &mut Batch, fd: impl Into<Arg>, name: &[u8], place
         let old = batch.call(Sysno::umask, args![!mode & 0o777]);
         batch.call(Sysno::bind, &[fd.into(), slot.into(), address.len().into()]);
         batch.call(Sysno::umask, args![old]);
+        if let Place::Aside(aside) = place {
+            aside.add_move(batch);
+        }
     });
 }
 
