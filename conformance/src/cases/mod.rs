@@ -19,6 +19,7 @@ mod inotify;
 mod limits;
 mod locks;
 mod memory;
+mod passed;
 mod pidfds;
 mod pipes;
 mod programs;
@@ -28,6 +29,7 @@ mod signalfd;
 mod signals;
 mod sysvipc;
 mod tasks;
+mod tcp;
 mod terminals;
 mod timerfd;
 mod timers;
@@ -54,6 +56,7 @@ pub fn all() -> Vec<Case> {
         limits::cases,
         locks::cases,
         memory::cases,
+        passed::cases,
         pidfds::cases,
         pipes::cases,
         programs::cases,
@@ -63,6 +66,7 @@ pub fn all() -> Vec<Case> {
         signals::cases,
         sysvipc::cases,
         tasks::cases,
+        tcp::cases,
         terminals::cases,
         timerfd::cases,
         timers::cases,
