@@ -51,7 +51,7 @@ pub struct How {
     #[arg(long)]
     pub shell_job: bool,
 
-    /// Drop TCP connections: the program will find them reset
+    /// Drop TCP connections out of the tree: the program will find them reset
     #[arg(long)]
     pub tcp_close: bool,
 

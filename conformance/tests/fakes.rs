@@ -399,6 +399,9 @@ impl Target for FakeTarget {
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError> {
         self.inner().fds_done(fds)
     }
+    fn hold_fds(&mut self, numbers: std::ops::Range<i32>) {
+        self.inner().hold_fds(numbers);
+    }
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
         self.peek().compare(kind, mine, other, theirs)
     }
@@ -487,6 +490,9 @@ impl Target for Placeholder {
         unreachable!("a borrowed target")
     }
     fn fds_done(&mut self, _: &[RemoteFd]) -> Result<(), TargetError> {
+        unreachable!("a borrowed target")
+    }
+    fn hold_fds(&mut self, _: std::ops::Range<i32>) {
         unreachable!("a borrowed target")
     }
     fn compare(&self, _: Kcmp, _: u64, _: Pid, _: u64) -> Result<Ordering, TargetError> {

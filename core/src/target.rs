@@ -242,6 +242,10 @@ pub trait Target: Send + std::any::Any {
     /// Closes descriptors that [`fds_in`](Target::fds_in) brought.
     fn fds_done(&mut self, fds: &[RemoteFd]) -> Result<(), TargetError>;
 
+    /// Says that the descriptors of these numbers are ours from now on, and no longer those that were said before. The
+    /// program has none of them. A frozen target closes them should we be lost; otherwise that is for us to do.
+    fn hold_fds(&mut self, numbers: std::ops::Range<i32>);
+
     /// Orders two kernel objects by identity (`kcmp`): equal means that they are one.
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError>;
 

@@ -37,6 +37,7 @@ const SYS_KILL: u64 = 62;
 const SYS_FUTEX: u64 = 202;
 const SYS_EXIT_GROUP: u64 = 231;
 const SYS_CLONE3: u64 = 435;
+const SYS_CLOSE_RANGE: u64 = 436;
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 const MSG_NOSIGNAL: u64 = 0x4000;
@@ -271,6 +272,10 @@ unsafe fn leave(lane: *mut Lane) -> ! {
                 system(SYS_CLOSE, [borrowed as u64 - 1, 0, 0, 0, 0, 0]);
             }
             n += 1;
+        }
+        let [first, end] = (&raw const (*lane).held).read_volatile();
+        if first < end {
+            system(SYS_CLOSE_RANGE, [first as u64, end as u64 - 1, 0, 0, 0, 0]);
         }
         // The region goes last: not before every other thread has said, from outside of it, that it is out. In a skeleton
         // all do, if only when they get a processor. In a frozen target, one that was just being sent in or taken out may

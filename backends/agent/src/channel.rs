@@ -90,6 +90,7 @@ impl Channel {
                 left: 0,
                 plain_frame: 0,
                 borrowed: [0; 4],
+                held: [0; 2],
                 threads: 0,
                 thread_count: 0,
                 thread_stride: 0,
@@ -229,6 +230,11 @@ impl Channel {
             *place = fd.0 as u32 + 1;
         }
         self.change(|lane| lane.borrowed = borrowed);
+    }
+
+    /// Frozen targets: the agent closes all of these numbers if we are lost.
+    pub fn set_held(&mut self, numbers: std::ops::Range<i32>) {
+        self.change(|lane| lane.held = [numbers.start as u32, numbers.end as u32]);
     }
 
     /// The thread of this lane is stopped, and will not come back to it.

@@ -99,6 +99,8 @@ pub struct Lane {
     pub plain_frame: u64,
     /// Socket lanes of frozen targets: descriptors of ours to close on the way out; 0 for none.
     pub borrowed: [u32; 4],
+    /// The same for a run of numbers: the first, and the one after the last; equal for none.
+    pub held: [u32; 2],
     /// Socket lanes: the futex lanes of the same process, to release them.
     pub threads: u64,
     pub thread_count: u64,

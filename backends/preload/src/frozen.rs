@@ -112,16 +112,20 @@ impl Agents {
         self.agents[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// A number for the open file description that a descriptor leads to: the same for the same.
-    fn description(&self, process: usize, fd: i32) -> Result<usize, TargetError> {
+    /// Orders the open file descriptions that two descriptors lead to.
+    fn compare(&self, one: (usize, i32), other: (usize, i32)) -> Result<Ordering, TargetError> {
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if files.is_empty() {
+        // Also anew when descriptors have come that are ours for a while: no number stands for two files in a dump.
+        if !files.contains_key(&one) || !files.contains_key(&other) {
             *files = self.classify()?;
         }
-        files.get(&(process, fd)).copied().ok_or_else(|| {
-            let pid = self.pids[process];
-            TargetError::Driver { pid, operation: "comparing descriptors", source: io::ErrorKind::NotFound.into() }
-        })
+        let description = |descriptor: (usize, i32)| {
+            files.get(&descriptor).ok_or_else(|| {
+                let pid = self.pids[descriptor.0];
+                TargetError::Driver { pid, operation: "comparing descriptors", source: io::ErrorKind::NotFound.into() }
+            })
+        };
+        Ok(description(one)?.cmp(description(other)?))
     }
 
     /// Finds out for all descriptors of the tree which lead to one description.
@@ -801,13 +805,16 @@ impl Target for FrozenTarget {
         agent.run(&closing(fds)).map(drop)
     }
 
+    fn hold_fds(&mut self, numbers: std::ops::Range<i32>) {
+        self.agent().channel.set_held(numbers);
+    }
+
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<Ordering, TargetError> {
         let unsupported = || self.error("comparing processes", io::ErrorKind::Unsupported.into());
         match kind {
             Kcmp::File => {
                 let other = self.agents.index(other).ok_or_else(unsupported)?;
-                let mine = self.agents.description(self.index, mine as i32)?;
-                Ok(mine.cmp(&self.agents.description(other, theirs as i32)?))
+                self.agents.compare((self.index, mine as i32), (other, theirs as i32))
             }
             Kcmp::EpollTarget(slot) => {
                 let process = self.agents.index(other).ok_or_else(unsupported)?;

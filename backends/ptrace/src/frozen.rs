@@ -438,6 +438,10 @@ impl Target for FrozenTarget {
         self.run(&closing(fds)).map(drop)
     }
 
+    fn hold_fds(&mut self, numbers: std::ops::Range<i32>) {
+        self.channel.set_held(numbers);
+    }
+
     fn compare(&self, kind: Kcmp, mine: u64, other: Pid, theirs: u64) -> Result<std::cmp::Ordering, TargetError> {
         self.process.compare(kind, mine, other, theirs)
     }

@@ -23,10 +23,11 @@ pub fn cases() -> Vec<Case> {
         Case::new("inet_sockets/shared-port", SECTIONS, shared_port),
         Case::new("inet_sockets/multicast", SECTIONS, multicast),
         Case::new("inet_sockets/filter", SECTIONS, filter),
-        Case::new("inet_sockets/tcp-connected", SECTIONS, tcp_connected).refused_at_dump("--tcp-close"),
         Case::new("inet_sockets/tcp-closed", SECTIONS, tcp_closed).tcp_close(),
         Case::new("inet_sockets/tcp-was-reset", SECTIONS, tcp_was_reset),
-        Case::new("inet_sockets/tcp-waiting", SECTIONS, tcp_waiting).refused_at_dump("wait to be accepted"),
+        Case::new("inet_sockets/tcp-waiting", SECTIONS, tcp_waiting),
+        Case::new("inet_sockets/tcp-waiting-with-data", SECTIONS, tcp_waiting_with_data)
+            .refused_at_dump("waits to be accepted, and the 5 bytes"),
         Case::new("inet_sockets/udp-unread", SECTIONS, udp_unread).refused_at_dump("received and not read"),
         Case::new("inet_sockets/port-taken", SECTIONS, port_taken)
             .after_dump(take_port)
@@ -301,19 +302,16 @@ fn connection() -> Result<(TcpListener, TcpStream, TcpStream), String> {
     Ok((listener, client, server))
 }
 
-fn tcp_connected(checkpoint: &Checkpoint) -> Verdict {
-    let (_listener, mut client, mut server) = connection()?;
-    client.write_all(b"x").map_err(failed("write"))?;
-    checkpoint.wait()?;
-    server.read_exact(&mut [0]).map_err(failed("read"))
-}
-
 /// After `--tcp-close` a connection is as if its other end had reset it. With `--leave-running` it goes on.
 fn tcp_closed(checkpoint: &Checkpoint) -> Verdict {
-    let (listener, mut client, mut server) = connection()?;
+    let listener = TcpListener::bind(LOOPBACK[0]).map_err(failed("bind"))?;
     let address = listener.local_addr().map_err(failed("getsockname"))?;
+    // What is sent before it is accepted cannot be saved.
+    let mut client = TcpStream::connect(address).map_err(failed("connect"))?;
+    client.write_all(b"early").map_err(failed("write"))?;
     let six = TcpListener::bind(LOOPBACK[1]).map_err(failed("bind"))?;
     let six_client = TcpStream::connect(six.local_addr().map_err(failed("getsockname"))?).map_err(failed("connect"))?;
+    (&six_client).write_all(b"early").map_err(failed("write"))?;
     client.set_nodelay(true).map_err(failed("TCP_NODELAY"))?;
     checkpoint.wait()?;
     equal("TCP_NODELAY", true, client.nodelay().map_err(failed("TCP_NODELAY"))?)?;
@@ -325,7 +323,6 @@ fn tcp_closed(checkpoint: &Checkpoint) -> Verdict {
     }
     equal("the next read", Ok(0), error(client.read(&mut [0])))?;
     equal("a write", Err(ErrorKind::BrokenPipe), error(client.write(b"x")))?;
-    equal("the first read of the other end", Err(ErrorKind::ConnectionReset), error(server.read(&mut [0])))?;
     equal("of IPv6", Err(ErrorKind::ConnectionReset), error((&six_client).read(&mut [0])))?;
     equal("no peer", Some(ErrorKind::NotConnected), client.peer_addr().err().map(|error| error.kind()))?;
     exchange(&listener, address)
@@ -355,11 +352,36 @@ fn tcp_was_reset(checkpoint: &Checkpoint) -> Verdict {
 fn tcp_waiting(checkpoint: &Checkpoint) -> Verdict {
     let listener = TcpListener::bind(LOOPBACK[0]).map_err(failed("bind"))?;
     let address = listener.local_addr().map_err(failed("getsockname"))?;
-    let client = TcpStream::connect(address).map_err(failed("connect"))?;
+    let clients = (0..3).map(|_| TcpStream::connect(address)).collect::<Result<Vec<_>, _>>();
+    let mut clients = clients.map_err(failed("connect"))?;
+    clients[1].set_nonblocking(true).map_err(failed("O_NONBLOCK"))?;
+    clients[2].set_nodelay(true).map_err(failed("TCP_NODELAY"))?;
+    let own = |clients: &[TcpStream]| clients.iter().map(TcpStream::local_addr).collect::<Result<Vec<_>, _>>();
+    let before = own(&clients).map_err(failed("getsockname"))?;
     checkpoint.wait()?;
-    listener.accept().map_err(failed("accept"))?;
-    drop(client);
+    equal("addresses", before.clone(), own(&clients).map_err(failed("getsockname"))?)?;
+    equal("TCP_NODELAY", true, clients[2].nodelay().map_err(failed("TCP_NODELAY"))?)?;
+    for _ in &before {
+        let (mut server, from) = listener.accept().map_err(failed("accept"))?;
+        let number = before.iter().position(|own| *own == from).ok_or("a stranger has connected")?;
+        clients[number].write_all(&[number as u8]).map_err(failed("write"))?;
+        let mut byte = [9];
+        server.read_exact(&mut byte).map_err(failed("read"))?;
+        equal("what a client writes", [number as u8], byte)?;
+    }
     Ok(())
+}
+
+fn tcp_waiting_with_data(checkpoint: &Checkpoint) -> Verdict {
+    let listener = TcpListener::bind(LOOPBACK[0]).map_err(failed("bind"))?;
+    let address = listener.local_addr().map_err(failed("getsockname"))?;
+    let mut client = TcpStream::connect(address).map_err(failed("connect"))?;
+    client.write_all(b"early").map_err(failed("write"))?;
+    checkpoint.wait()?;
+    let (mut server, _) = listener.accept().map_err(failed("accept"))?;
+    let mut text = [0; 5];
+    server.read_exact(&mut text).map_err(failed("read"))?;
+    equal("what was sent early", b"early", &text)
 }
 
 fn udp_unread(checkpoint: &Checkpoint) -> Verdict {

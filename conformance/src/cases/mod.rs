@@ -21,6 +21,7 @@ mod limits;
 mod locks;
 mod memory;
 mod mqueues;
+mod passed;
 mod pidfds;
 mod pipes;
 mod programs;
@@ -30,6 +31,7 @@ mod signalfd;
 mod signals;
 mod sysvipc;
 mod tasks;
+mod tcp;
 mod terminals;
 mod timerfd;
 mod timers;
@@ -57,6 +59,7 @@ pub fn all() -> Vec<Case> {
         locks::cases,
         memory::cases,
         mqueues::cases,
+        passed::cases,
         pidfds::cases,
         pipes::cases,
         programs::cases,
@@ -66,6 +69,7 @@ pub fn all() -> Vec<Case> {
         signals::cases,
         sysvipc::cases,
         tasks::cases,
+        tcp::cases,
         terminals::cases,
         timerfd::cases,
         timers::cases,

@@ -34,10 +34,9 @@ pub fn cases() -> Vec<Case> {
         Case::new("unix_sockets/listener-gone", SECTIONS, listener_gone),
         Case::new("unix_sockets/datagrams", SECTIONS, datagrams),
         Case::new("unix_sockets/unbound", SECTIONS, unbound),
-        Case::new("unix_sockets/waiting-to-be-accepted", SECTIONS, waiting_to_be_accepted)
-            .refused_at_dump("to be accepted"),
-        Case::new("unix_sockets/passed-descriptors", SECTIONS, passed_descriptors)
-            .refused_at_dump("descriptors that were passed to it"),
+        Case::new("unix_sockets/waiting-to-be-accepted", SECTIONS, waiting_to_be_accepted),
+        Case::new("unix_sockets/waiting-with-data", SECTIONS, waiting_with_data)
+            .refused_at_dump("data was written into its connection"),
         Case::new("unix_sockets/peer-outside", SECTIONS, peer_outside).refused_at_dump("not part of the tree"),
         Case::new("unix_sockets/path-taken", SECTIONS, path_taken)
             .after_dump(take_path)
@@ -70,7 +69,7 @@ fn socket(kind: i32) -> Result<OwnedFd, String> {
     unsafe { Ok(OwnedFd::from_raw_fd(done("socket", libc::socket(libc::AF_UNIX, kind, 0))?)) }
 }
 
-fn pair(kind: i32) -> Result<(OwnedFd, OwnedFd), String> {
+pub fn pair(kind: i32) -> Result<(OwnedFd, OwnedFd), String> {
     let mut fds = [0; 2];
     // SAFETY: room for two descriptors, which the OwnedFds own.
     unsafe {
@@ -581,7 +580,49 @@ fn unbound(checkpoint: &Checkpoint) -> Verdict {
     })
 }
 
+/// Clients, some in a child, wait in their order; by a path, and by an abstract name.
 fn waiting_to_be_accepted(checkpoint: &Checkpoint) -> Verdict {
+    let path = checkpoint.dir().join("socket");
+    let by_path = SocketAddr::from_pathname(&path).map_err(failed("name"))?;
+    let mut all = Vec::new();
+    for address in [by_path, abstract_address(checkpoint)?] {
+        let listener = UnixListener::bind_addr(&address).map_err(failed("bind"))?;
+        let sign = checkpoint.dir().join(if address.as_pathname().is_some() { "by-path" } else { "by-name" });
+        let first = UnixStream::connect_addr(&address).map_err(failed("connect"))?;
+        first.set_nonblocking(true).map_err(failed("O_NONBLOCK"))?;
+        let child = in_child(|| {
+            let mut client = UnixStream::connect_addr(&address).map_err(failed("connect"))?;
+            make_sign(&sign)?;
+            checkpoint.wait_for_go()?;
+            client.write_all(b"child").map_err(failed("write"))
+        })?;
+        eventually("the child has connected", || sign.exists())?;
+        let third = UnixStream::connect_addr(&address).map_err(failed("connect"))?;
+        third.shutdown(std::net::Shutdown::Read).map_err(failed("shutdown"))?;
+        all.push((listener, first, child, third));
+    }
+    checkpoint.wait()?;
+    for (listener, mut first, child, mut third) in all {
+        first.write_all(b"first").map_err(failed("write"))?;
+        third.write_all(b"third").map_err(failed("write"))?;
+        equal("what the third reads", 0, third.read(&mut [0]).map_err(failed("read"))?)?;
+        for (expected, pid) in
+            [(b"first", std::process::id() as i32), (b"child", child.0), (b"third", std::process::id() as i32)]
+        {
+            let (mut server, _) = listener.accept().map_err(failed("accept"))?;
+            equal("who connected", pid, peer_of(&server)?.pid)?;
+            let mut text = [0; 5];
+            server.read_exact(&mut text).map_err(failed("read"))?;
+            equal("what was sent", expected, &text)?;
+        }
+        equal("who listened", std::process::id() as i32, peer_of(&first)?.pid)?;
+        child.passed()?;
+        try_listener(&listener, || UnixStream::connect_addr(&listener.local_addr()?))?;
+    }
+    Ok(())
+}
+
+fn waiting_with_data(checkpoint: &Checkpoint) -> Verdict {
     let path = checkpoint.dir().join("socket");
     let listener = UnixListener::bind(&path).map_err(failed("bind"))?;
     let mut client = UnixStream::connect(&path).map_err(failed("connect"))?;
@@ -591,14 +632,6 @@ fn waiting_to_be_accepted(checkpoint: &Checkpoint) -> Verdict {
     let mut text = [0; 5];
     server.read_exact(&mut text).map_err(failed("read"))?;
     equal("what was sent early", b"early", &text)
-}
-
-fn passed_descriptors(checkpoint: &Checkpoint) -> Verdict {
-    let (one, other) = pair(libc::SOCK_STREAM)?;
-    let counter = super::eventfd::eventfd(3, 0)?;
-    pass(&one, counter.as_raw_fd())?;
-    checkpoint.wait()?;
-    equal("the count of what was passed", Ok(3), super::eventfd::read(&receive(&other)?))
 }
 
 /// A grandchild whose parent has ended is no part of the tree any more.

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use nix::sys::stat::FileStat;
 
-pub use collect::{Census, CollectFile, Collected, collect};
+pub use collect::{Census, CollectFile, Collected, collect, look_at};
 use rebuild::SPARE_NUMBERS;
 pub use rebuild::{Placed, RebuildFile, holder, rebuild};
 
@@ -92,6 +92,8 @@ pub struct Seen {
     pub info: FdInfo,
     /// What kind of socket it is, if it is one.
     pub socket: Option<SocketKind>,
+    /// No descriptor of the program leads to it: it is in the queue of a Unix socket, and `fd` is held for us.
+    pub in_queue: bool,
 }
 
 impl Seen {
@@ -109,6 +111,9 @@ impl Seen {
     }
     /// For messages: `descriptor 5 (/tmp/x)`.
     pub fn subject(&self) -> String {
+        if self.in_queue {
+            return format!("a file in the queue of a Unix socket ({})", Path::new(&self.link).display());
+        }
         format!("descriptor {} ({})", self.fd, Path::new(&self.link).display())
     }
 }

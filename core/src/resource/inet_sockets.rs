@@ -1,15 +1,18 @@
-//! TCP and UDP sockets, IPv4 and IPv6: unbound, bound and listening ones, and UDP sockets with a default destination.
+//! TCP and UDP sockets, IPv4 and IPv6: unbound, bound and listening ones, UDP sockets with a default destination, and TCP
+//! connections within the tree (see [`connections`]).
 //!
-//! - A TCP connection is refused: its other end goes on without us. With `--tcp-close` it is dropped, and the program finds
-//!   it as after a reset by the peer: `ECONNRESET` once, then end of file and `EPIPE`, `POLLHUP` and `POLLERR`, never a
-//!   wait. That state is made with a real connection to a listening socket of our own, which resets it. Connections that
-//!   wait to be accepted are refused or dropped likewise.
+//! - A TCP connection out of the tree is refused: its other end goes on without us. With `--tcp-close` it is dropped, and the
+//!   program finds it as after a reset by the peer: `ECONNRESET` once, then end of file and `EPIPE`, `POLLHUP` and `POLLERR`,
+//!   never a wait. That state is made with a real connection to a listening socket of our own, which resets it.
 //! - Datagrams that were received and not read are refused too: they cannot be put back with the address of their sender.
 //!   A program that reads its socket leaves none after a moment; with `--tcp-close` they are dropped, as a network may do.
 //! - A port is tried before anything is made. A TCP port is bound with `SO_REUSEADDR`, whatever the program had set, because
-//!   connections of before the dump may still be in `TIME_WAIT`; then the program's setting is put back.
+//!   connections of before the dump may still be in `TIME_WAIT`; then the program's setting is put back. Connections that were
+//!   accepted by a program without that setting, and closed by its side, keep the port for a minute.
 //! - The kernel does not give back eBPF programs of `SO_REUSEPORT` groups and TCP-MD5 keys, nor does it show that there are
 //!   any.
+
+pub mod connections;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
@@ -22,6 +25,7 @@ use crate::resource::descriptors::{CollectFile, FileResource, OfFile, RebuildFil
 use crate::resource::sockets::{self, SocketKind, SocketOption, When, get, got, saved_name, saved_number, set_options};
 use crate::resource::{Check, Resource};
 use crate::target::RemoteFd;
+pub use connections::Connection;
 
 /// Its saved form.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +52,12 @@ pub enum State {
     },
     /// UDP: where it sends to.
     Connected {
+        remote: SocketAddr,
+    },
+    /// TCP: connected within the tree.
+    Established(Connection),
+    /// TCP: connected with a listening socket of the tree, which has not accepted it yet.
+    Waiting {
         remote: SocketAddr,
     },
     /// TCP: it had a connection.
@@ -88,11 +98,12 @@ impl Resource for InetSockets {
         let is_bound = |address: &SocketAddr| address.port() != 0 || !address.ip().is_unspecified();
         let local = facts.local.filter(is_bound);
         let state = match kind.protocol {
-            libc::IPPROTO_TCP => tcp_state(context, &facts),
+            libc::IPPROTO_TCP => tcp_state(context, &facts)?,
             _ => udp_state(context, &facts),
         };
         let dropped = matches!(state, State::Reset { .. });
-        let options = sockets::collect_options(context, kind, dropped)?;
+        let connected = dropped || matches!(state, State::Established(_) | State::Waiting { .. });
+        let options = sockets::collect_options(context, kind, connected)?;
         if saved_number(&options, libc::IPPROTO_UDP, UDP_CORK).unwrap_or(0) != 0 && facts.unsent != 0 {
             context
                 .refuse("a datagram is being put together in it (UDP_CORK)", "dump again when the program has sent it");
@@ -123,12 +134,21 @@ impl Resource for InetSockets {
         };
         let family = |address: &SocketAddr| address.is_ipv4() == (saved.domain == libc::AF_INET);
         let remote = match &saved.state {
-            State::Connected { remote } => Some(remote),
+            State::Connected { remote } | State::Waiting { remote } => Some(remote),
+            State::Established(connection) => Some(&connection.remote),
             _ => None,
         };
+        let is_tcp = saved.protocol == libc::IPPROTO_TCP;
         let is_valid = matches!(saved.domain, libc::AF_INET | libc::AF_INET6)
             && matches!(saved.protocol, libc::IPPROTO_TCP | libc::IPPROTO_UDP)
-            && (remote.is_none() || saved.protocol == libc::IPPROTO_UDP)
+            && match &saved.state {
+                State::Connected { .. } => !is_tcp,
+                State::Waiting { .. } => is_tcp && saved.local.is_some(),
+                State::Established(connection) => {
+                    is_tcp && connections::is_consistent(saved, connection, context.image)
+                }
+                _ => true,
+            }
             && saved.local.iter().chain(remote).all(family)
             && saved.memberships.iter().all(|membership| {
                 membership.sources.len() <= 4096
@@ -161,8 +181,17 @@ impl Resource for InetSockets {
     }
 
     fn rebuild(saved: &InetSocket, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
-        if let State::Reset { error } = saved.state {
-            return rebuild_reset(saved, error, context);
+        match &saved.state {
+            State::Reset { error } => return rebuild_reset(saved, *error, context),
+            State::Established(connection) => return connections::rebuild(saved, connection, context),
+            State::Waiting { .. } => return connections::rebuild_waiting(saved, context),
+            // Connections are made through listening sockets of our own, for which there is no room beside this one.
+            State::Listening { .. } if saved.protocol == libc::IPPROTO_TCP => {
+                for file in connections::all(context.image) {
+                    context.require(file)?;
+                }
+            }
+            _ => {}
         }
         let process = context.process();
         let (calls, bytes) = sockets::room_for(&saved.options);
@@ -182,7 +211,8 @@ impl Resource for InetSockets {
                 add_membership(batch, fd, membership, interface);
             }
             match saved.state {
-                State::Listening { backlog } => {
+                // Without an address of its own it gets one.
+                State::Listening { backlog } if saved.local.is_none() => {
                     batch.call(Sysno::listen, args![fd, backlog]);
                 }
                 State::Connected { remote } => {
@@ -190,7 +220,11 @@ impl Resource for InetSockets {
                     let slot = batch.bytes(&address);
                     batch.call(Sysno::connect, args![fd, slot, address.len()]);
                 }
-                State::Closed | State::Reset { .. } => {}
+                State::Closed
+                | State::Listening { .. }
+                | State::Established(_)
+                | State::Waiting { .. }
+                | State::Reset { .. } => {}
             }
             (fd, move |replies: &Replies| settings.into_iter().try_for_each(|setting| setting.verify(replies)))
         })
@@ -208,8 +242,12 @@ impl FileResource for InetSockets {
         })
     }
 
-    fn finish(_saved: &InetSocket, _context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
-        Ok(())
+    fn finish(saved: &InetSocket, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+        match saved.state {
+            State::Established(_) => connections::finish(saved, context),
+            State::Waiting { remote } => connections::finish_waiting(saved, remote, context),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -293,12 +331,8 @@ const UDP_ENCAP: i32 = 100;
 fn ask(context: &mut CollectFile<'_>, kind: SocketKind) -> Result<Facts, DumpError> {
     let fd = context.seen.fd;
     let mut batch = Batch::new();
-    let mut address_of = |call| {
-        let (address, length) = (batch.room(ADDRESS), batch.bytes(&(ADDRESS as u32).to_ne_bytes()));
-        (batch.try_call(call, args![fd, address, length]), address)
-    };
-    let (local, remote) = (address_of(Sysno::getsockname), address_of(Sysno::getpeername));
-    let asked = (libc::POLLIN | libc::POLLRDHUP) as u16;
+    let [local, remote] = [Sysno::getsockname, Sysno::getpeername].map(|call| address_of(&mut batch, fd, call));
+    let asked = (libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP) as u16;
     let poll = batch.bytes(&[fd.0.to_ne_bytes().as_slice(), &asked.to_ne_bytes(), &[0; 2]].concat());
     batch.call(Sysno::poll, args![poll, 1, 0]);
     let info = get(&mut batch, fd, libc::IPPROTO_TCP, libc::TCP_INFO, 104);
@@ -306,14 +340,12 @@ fn ask(context: &mut CollectFile<'_>, kind: SocketKind) -> Result<Facts, DumpErr
     let unsent = batch.room(4);
     batch.try_call(Sysno::ioctl, args![fd, libc::TIOCOUTQ, unsent]);
     let replies = context.run(&batch)?;
-    let address =
-        |(call, address): (CallId, Slot)| replies.result(call).ok().and_then(|_| from_bytes(replies.bytes(address)));
     let info = got(&replies, info).unwrap_or_default();
     let word = |at: usize| info.get(at..).and_then(sockets::number).unwrap_or_default();
     let is_udp = kind.protocol == libc::IPPROTO_UDP;
     Ok(Facts {
-        local: address(local),
-        remote: address(remote),
+        local: address_in(&replies, local),
+        remote: address_in(&replies, remote),
         events: i32::from(i16::from_ne_bytes([replies.bytes(poll)[6], replies.bytes(poll)[7]])),
         tcp_state: info.first().copied().unwrap_or(TCP_CLOSE),
         // tcpi_unacked and tcpi_sacked: of a listening socket, sk_ack_backlog and sk_max_ack_backlog
@@ -324,14 +356,30 @@ fn ask(context: &mut CollectFile<'_>, kind: SocketKind) -> Result<Facts, DumpErr
     })
 }
 
-fn tcp_state(context: &mut CollectFile<'_>, facts: &Facts) -> State {
+/// Adds a call that asks for an address, and may fail.
+fn address_of(batch: &mut Batch, fd: impl Into<Arg>, call: Sysno) -> (CallId, Slot) {
+    let (address, length) = (batch.room(ADDRESS), batch.bytes(&(ADDRESS as u32).to_ne_bytes()));
+    (batch.try_call(call, &[fd.into(), address.into(), length.into()]), address)
+}
+
+/// What it gave.
+fn address_in(replies: &Replies, (call, address): (CallId, Slot)) -> Option<SocketAddr> {
+    replies.result(call).ok()?;
+    from_bytes(replies.bytes(address))
+}
+
+fn tcp_state(context: &mut CollectFile<'_>, facts: &Facts) -> Result<State, DumpError> {
     let has = |event: i16| facts.events & i32::from(event) != 0;
     let address = |address: Option<SocketAddr>| address.map_or("an unknown address".into(), |known| known.to_string());
-    match facts.tcp_state {
+    Ok(match facts.tcp_state {
         TCP_CLOSE if has(libc::POLLRDHUP) => State::Reset { error: has(libc::POLLERR) },
         TCP_CLOSE => State::Closed,
         TCP_LISTEN => {
-            if facts.waiting != 0 {
+            let ours = match facts.local {
+                Some(local) if facts.waiting != 0 => connections::with_ends(context, |ends| ends.waiting_at(local))?,
+                _ => 0,
+            };
+            if facts.waiting as usize > ours {
                 let what = format!("{} connections to {} wait to be accepted", facts.waiting, address(facts.local));
                 if context.options.tcp_close {
                     context.lose(format!("{what}: they were dropped"));
@@ -343,18 +391,25 @@ fn tcp_state(context: &mut CollectFile<'_>, facts: &Facts) -> State {
             State::Listening { backlog: facts.backlog }
         }
         _ => {
+            let mut who = String::new();
+            if let (Some(local), Some(remote)) = (facts.local, facts.remote) {
+                match connections::collect(context, facts, [local, remote])? {
+                    Ok(state) => return Ok(state),
+                    Err(found) => who = format!(": {found}"),
+                }
+            }
             let what = format!("TCP connection from {} to {}", address(facts.local), address(facts.remote));
             if context.options.tcp_close {
                 context.lose(format!("{what}: it was dropped"));
             } else {
                 context.refuse(
-                    format!("it is a {what}, whose other end cannot be saved"),
-                    "close the connection, or have it dropped with --tcp-close",
+                    format!("it is a {what}, whose other end is not part of the tree{who}"),
+                    "close the connection, have it dropped with --tcp-close, or dump the tree that has both ends",
                 );
             }
             State::Reset { error: true }
         }
-    }
+    })
 }
 
 fn udp_state(context: &mut CollectFile<'_>, facts: &Facts) -> State {
@@ -552,6 +607,13 @@ fn try_bind(saved: &InetSocket) -> Result<(), (String, String)> {
     .iter()
     .any(|&(level, option)| is_set(level, option));
     match bind(std::os::fd::AsRawFd::as_raw_fd(&probe), &SockaddrStorage::from(local)) {
+        // What is left of connections of before is in nobody's way.
+        Err(Errno::EADDRINUSE)
+            if matches!(saved.state, State::Established(_) | State::Waiting { .. })
+                && !connections::is_in_use(local) =>
+        {
+            Ok(())
+        }
         Err(Errno::EADDRINUSE) => Err((
             format!("{} port {} is in use", protocol_name(saved.protocol), local.port()),
             "end the program that uses it (ss -lntup shows it)".into(),
@@ -588,6 +650,10 @@ fn add_bind(batch: &mut Batch, fd: CallId, saved: &InetSocket, local: SocketAddr
     let address = to_bytes(local);
     let slot = batch.bytes(&address);
     batch.call(Sysno::bind, args![fd, slot, address.len()]);
+    // Listening asks for the port once more: connections with it are there already.
+    if let State::Listening { backlog } = saved.state {
+        batch.call(Sysno::listen, args![fd, backlog]);
+    }
     if is_tcp {
         set(batch, reuse);
     }

@@ -68,6 +68,16 @@ pub fn collect(
     for (process, fd, line) in &census.locks {
         let pid = targets[*process].pid();
         let file = census.ids[&(*process, *fd)];
+        if census.seen[file.0 as usize].in_queue {
+            refusals.push(Refusal {
+                resource: NAME,
+                pid: Some(pid),
+                subject: census.seen[file.0 as usize].subject(),
+                why: "it has a lock, and no process has it open".into(),
+                help: "dump again when the program has read the messages of the socket".into(),
+            });
+            continue;
+        }
         match parse(line, file, pid) {
             Ok(lock) => {
                 if known.insert(lock.clone()) {

@@ -10,7 +10,7 @@ use crate::args;
 use crate::batch::{Arg, Batch, CallId, Replies, Slot, Sysno};
 use crate::error::DumpError;
 use crate::resource::descriptors::{Census, CollectFile, NAME};
-use crate::target::Target;
+use crate::target::{Target, TargetError};
 
 /// What kind of socket it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,10 +57,10 @@ impl SocketKind {
     }
 }
 
-/// Asks for the kind of every socket of the tree.
-pub fn ask_kinds(targets: &mut [Box<dyn Target>], census: &mut Census) -> Result<(), DumpError> {
+/// Asks for the kind of every socket of the tree, from a file on.
+pub fn ask_kinds(targets: &mut [Box<dyn Target>], census: &mut Census, from: usize) -> Result<(), DumpError> {
     let is_socket = |index: &usize| census.seen[*index].link.as_bytes().starts_with(b"socket:[");
-    let sockets: Vec<usize> = (0..census.seen.len()).filter(is_socket).collect();
+    let sockets: Vec<usize> = (from..census.seen.len()).filter(is_socket).collect();
     let processes: Vec<usize> = census.seen.iter().map(|seen| seen.process).collect();
     for group in sockets.chunk_by(|&one, &next| processes[one] == processes[next]) {
         for group in group.chunks(crate::batch::MAX_CALLS / 3) {
@@ -531,6 +531,12 @@ fn parse_unix_diag(answer: &[u8]) -> Option<Result<UnixDiag, i32>> {
 
 /// Asks the kernel about a Unix socket, in the network namespace of its process.
 pub fn unix_diag(context: &mut CollectFile<'_>, inode: u32) -> Result<UnixDiag, DumpError> {
+    let diag = ask_unix_diag(context.target(), inode).map_err(|source| context.target_error(source))?;
+    diag.map_err(|source| context.io_error("sock_diag", source))
+}
+
+/// The same, asked in any process of the namespace.
+pub fn ask_unix_diag(target: &mut dyn Target, inode: u32) -> Result<std::io::Result<UnixDiag>, TargetError> {
     let mut batch = Batch::new();
     let request = batch.bytes(&unix_diag_request(inode));
     // enough for the connections of a backlog of 4096
@@ -540,12 +546,12 @@ pub fn unix_diag(context: &mut CollectFile<'_>, inode: u32) -> Result<UnixDiag, 
     batch.try_call(Sysno::sendto, args![netlink, request, request.len(), 0, 0, 0]);
     let length = batch.try_call(Sysno::recvfrom, args![netlink, answer, answer.len(), libc::MSG_DONTWAIT, 0, 0]);
     batch.call(Sysno::close, args![netlink]);
-    let replies = context.run(&batch)?;
+    let replies = target.run(&batch)?;
     let found = replies.result(length).map_err(|errno| errno as i32);
     let parsed = found.and_then(|length| {
         parse_unix_diag(&replies.bytes(answer)[..(length as usize).min(answer.len())]).unwrap_or(Err(libc::EBADMSG))
     });
-    parsed.map_err(|errno| context.io_error("sock_diag", std::io::Error::from_raw_os_error(errno)))
+    Ok(parsed.map_err(std::io::Error::from_raw_os_error))
 }
 
 #[cfg(test)]

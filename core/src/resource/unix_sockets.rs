@@ -2,9 +2,12 @@
 //!
 //! - Who is connected with whom is asked from `sock_diag`. A connection to a process outside the tree cannot be saved,
 //!   but for a datagram socket that only has such a one as its default destination: it is connected again.
-//! - Unread messages are read with `MSG_PEEK`, which leaves them in place, and sent again by the other end.
+//! - Unread messages are read with `MSG_PEEK`, which leaves them in place, and sent again by the other end, with the files
+//!   that were passed in them: see [`passed`].
 //! - `SO_PEERCRED` names who made a pair, connected or listened: each of these is done again in that process, with that
 //!   user and group. Where that process has ended, its number is replaced by that of a process that has the socket.
+//! - Connections that wait to be accepted are made anew, in their order, by who has the other end: `SO_PEERCRED` will name
+//!   that process. What was written into them before they were accepted nobody can read: that is refused.
 //! - A name in the file system: the file of a socket is no good without the socket, so a restore replaces the dead one
 //!   that the dump has left behind. It replaces nothing else.
 //! - A connection that was accepted has the name of the socket it came through, and may outlive it. It is made through a
@@ -15,6 +18,7 @@ mod collect;
 mod connections;
 mod messages;
 mod names;
+pub mod passed;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -39,6 +43,7 @@ use collect::*;
 use connections::*;
 use messages::*;
 use names::*;
+pub use passed::Queued;
 
 /// Its saved form.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +83,12 @@ pub enum State {
     Unconnected,
     Listening {
         backlog: u32,
+        /// Who has connected and was not accepted yet, in order.
+        waiting: Vec<FileId>,
+    },
+    /// Connected with a listening socket of the tree, which has not accepted it yet.
+    Waiting {
+        at: FileId,
     },
     /// With a socket of the tree. A datagram socket may send to one that sends elsewhere.
     Connected {
@@ -125,6 +136,7 @@ const NAME_MAX: usize = 108;
 /// `struct sockaddr_un` and what the kernel may add.
 const ADDRESS: usize = 112;
 const SO_PEERGROUPS: i32 = 59;
+const SO_PASSPIDFD: i32 = 76;
 const LISTEN: u8 = 10;
 const RCV_SHUTDOWN: u8 = 1;
 const SEND_SHUTDOWN: u8 = 2;
@@ -145,13 +157,6 @@ impl Resource for UnixSockets {
         let diag = unix_diag(context, inode)?;
         let facts = ask(context)?;
         let state = state(context, kind.kind, &diag, &facts)?;
-        if diag.state == LISTEN && !diag.waiting.is_empty() {
-            let client = process_with_socket(diag.waiting[0]).map_or(String::new(), |who| format!(", one from {who}"));
-            context.refuse(
-                format!("{} connections wait to be accepted{client}", diag.waiting.len()),
-                "dump again when the program has accepted them",
-            );
-        }
         let is_path = facts.name.first().is_some_and(|&first| first != 0);
         let file = match diag.file {
             Some((inode, _)) if is_path => locate(context, &facts.name, inode),
@@ -165,6 +170,12 @@ impl Resource for UnixSockets {
                     show(&facts.name)
                 ),
                 "have the program bind it to an absolute path",
+            );
+        }
+        if is_path && file.is_none() && matches!(&state, State::Listening { waiting, .. } if !waiting.is_empty()) {
+            context.refuse(
+                format!("connections wait to be accepted, and {} does not lead to it any more", show(&facts.name)),
+                "dump again when the program has accepted them",
             );
         }
         let options = sockets::collect_options(context, kind, false)?;
@@ -195,8 +206,18 @@ impl Resource for UnixSockets {
             );
         }
         let fits = |message: &Message| message.data.len() <= LARGEST;
-        if saved.kind != libc::SOCK_STREAM && !saved.queue.iter().all(fits) {
+        let files = context.image.files.len();
+        let passes = |message: &Message| {
+            message.descriptors.len() <= passed::MOST
+                && message.descriptors.iter().all(|file| (file.0 as usize) < files)
+                && (message.descriptors.is_empty() || fits(message))
+        };
+        if (saved.kind != libc::SOCK_STREAM && !saved.queue.iter().all(fits)) || !saved.queue.iter().all(passes) {
             return context.refuse(subject, "it has a message that no dump gives", "use another copy of the image");
+        }
+        if !waits_consistently(saved, context.image) {
+            let why = "it waits where nobody listens, or nobody waits where it listens";
+            return context.refuse(subject, why, "use another copy of the image");
         }
         let accepted = was_accepted(saved, context.image);
         let hidden = [
@@ -270,13 +291,16 @@ impl FileResource for UnixSockets {
     }
 
     fn finish(saved: &UnixSocket, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+        if let State::Listening { waiting, .. } = &saved.state {
+            return finish_waiting(saved, waiting, context);
+        }
         let pairs = saved.kind != libc::SOCK_DGRAM
             || match &saved.state {
                 State::Connected { to } => made_as_pair(context.image, context.id, *to),
                 State::Orphaned { name, .. } => name.is_empty(),
                 _ => false,
             };
-        if pairs { Ok(()) } else { finish_datagrams(saved, context) }
+        if pairs { finish_pair(saved, context) } else { finish_datagrams(saved, context) }
     }
 }
 
@@ -308,6 +332,23 @@ fn unix_socket(image: &Image, file: FileId) -> Option<&UnixSocket> {
     match &image.files.get(file.0 as usize)?.kind {
         FileKind::UnixSocket(socket) => Some(socket),
         _ => None,
+    }
+}
+
+/// Whether those that wait and those that they wait for are the same.
+fn waits_consistently(saved: &UnixSocket, image: &Image) -> bool {
+    match &saved.state {
+        State::Listening { waiting, .. } => waiting.iter().all(|&client| {
+            unix_socket(image, client).is_some_and(|client| {
+                client.kind == saved.kind
+                    && matches!(client.state, State::Waiting { at } if unix_socket(image, at) == Some(saved))
+            })
+        }),
+        State::Waiting { at } => unix_socket(image, *at).is_some_and(|listener| {
+            matches!(&listener.state, State::Listening { waiting, .. }
+                if waiting.iter().any(|&client| unix_socket(image, client) == Some(saved)))
+        }),
+        _ => true,
     }
 }
 

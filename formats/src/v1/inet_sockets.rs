@@ -21,7 +21,18 @@ wire_enum! {
         Closed,
         Listening { backlog: u32 },
         Connected { remote: SocketAddressV1 },
+        Established(ConnectionV1),
+        Waiting { remote: SocketAddressV1 },
         Reset { error: bool },
+    }
+}
+
+wire_struct! {
+    pub struct ConnectionV1 for ckpt_core::resource::inet_sockets::Connection {
+        remote: SocketAddressV1,
+        to: Option<u32>,
+        shutdown: u8,
+        queue: Bytes,
     }
 }
 

@@ -30,7 +30,8 @@ wire_struct! {
 wire_enum! {
     pub enum UnixStateV1 for ckpt_core::resource::unix_sockets::State {
         Unconnected,
-        Listening { backlog: u32 },
+        Listening { backlog: u32, waiting: Vec<u32> },
+        Waiting { at: u32 },
         Connected { to: u32 },
         Outside { name: Bytes },
         Orphaned { name: Bytes, reset: bool },

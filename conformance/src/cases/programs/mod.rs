@@ -58,6 +58,14 @@ pub fn cases() -> Vec<Case> {
             redis::program(),
         ),
         Case::program(
+            "programs/redis-and-clients",
+            &["epoll", "files", "inet_sockets", "memory", "pipes", "registers", "tasks"],
+            script(
+                redis_and_clients,
+                &[("/usr/bin/redis-server", "redis-server"), ("/usr/bin/python3", "python3"), ("/bin/bash", "bash")],
+            ),
+        ),
+        Case::program(
             "programs/tmux",
             &["files", "tasks", "terminals", "unix_sockets"],
             script(tmux, &[("/usr/bin/tmux", "tmux"), ("/usr/bin/cmp", "diffutils")]),
@@ -123,6 +131,15 @@ fn postgresql(dir: &Path) -> Command {
     _ = std::fs::write(&source, include_str!("postgresql.bash"));
     let mut command = Command::new("/bin/bash");
     command.arg(source);
+    command
+}
+
+/// A server and its clients in one tree, connected over TCP in the middle of requests and answers.
+fn redis_and_clients(_dir: &Path) -> Command {
+    let mut command = Command::new("/bin/bash");
+    let run =
+        "redis-server --port 6379 --bind 127.0.0.1 --save '' --logfile redis.log --dir . & python3 -c \"$0\" && wait";
+    command.args(["-c", run, include_str!("redis_client.py")]);
     command
 }
 

@@ -21,7 +21,8 @@ use crate::batch::{Batch, Replies, Sysno};
 use crate::error::{DumpError, Refusal};
 use crate::image::Zombie;
 use crate::resource::strangers::Strangers;
-use crate::resource::{memory, sockets};
+use crate::resource::unix_sockets::{Queued, passed};
+use crate::resource::{inet_sockets, memory};
 use crate::store::ImageWriter;
 use crate::target::{Kcmp, Pid, RemoteFd, Target, TargetError};
 
@@ -40,6 +41,12 @@ pub struct Census {
     pub locks: Vec<(usize, i32, String)>,
     /// Who else has the pipes and FIFOs.
     pub strangers: Strangers,
+    /// What is in the queues of Unix sockets that have passed descriptors in them.
+    pub queues: HashMap<FileId, Vec<Queued>>,
+    /// The Unix sockets that wait to be accepted, by inode, and where, once one was asked for.
+    pub waiting: RefCell<Option<HashMap<u32, FileId>>>,
+    /// The ends of TCP connections, once one was asked for.
+    pub ends: RefCell<Option<inet_sockets::connections::Ends>>,
     /// The type of file system of each device that was asked for.
     filesystems: RefCell<HashMap<u64, FsType>>,
 }
@@ -160,23 +167,41 @@ pub fn collect(
     for (process, (target, links)) in targets.iter().zip(links).enumerate() {
         look(process, &**target, links, &mut seen).map_err(|source| io_error(&**target, source))?;
     }
-    let (mut census, tables) = identify(targets, seen)?;
-    sockets::ask_kinds(targets, &mut census)?;
-    let owners = collect_owners(targets, &census)?;
-    let mut files = Vec::with_capacity(census.seen.len());
-    let mut losses = Vec::new();
+    let (census, tables) = identify(targets, seen)?;
+    let mut collected = Collected { census, tables, files: Vec::new(), losses: Vec::new() };
+    let mut held = passed::Held::none(targets.len());
+    let result = collect_files(targets, zombies, objects, store, options, refusals, &mut collected, &mut held);
+    held.release(targets)?;
+    result.map(|()| collected)
+}
+
+/// Collects the files themselves. What the targets hold for it afterwards is to be released in any case.
+#[allow(clippy::too_many_arguments)]
+fn collect_files(
+    targets: &mut [Box<dyn Target>],
+    zombies: &[Zombie],
+    objects: &mut memory::Objects,
+    store: &mut dyn ImageWriter,
+    options: &DumpOptions,
+    refusals: &mut Vec<Refusal>,
+    collected: &mut Collected,
+    held: &mut passed::Held,
+) -> Result<(), DumpError> {
+    let Collected { census, files, losses, .. } = collected;
+    passed::find(targets, census, held, refusals)?;
+    let owners = collect_owners(targets, census)?;
     for (index, (seen, owner)) in census.seen.iter().zip(owners).enumerate() {
         let mut context = CollectFile {
             targets: &mut *targets,
             zombies,
             id: FileId(index as u32),
             seen,
-            census: &census,
+            census,
             objects: &mut *objects,
             store: &mut *store,
             options,
             refusals: &mut *refusals,
-            losses: &mut losses,
+            losses: &mut *losses,
             resource: NAME,
         };
         let Some(kind) = collect_kind(&mut context)? else {
@@ -188,7 +213,7 @@ pub fn collect(
         // O_CLOEXEC is the descriptor's.
         files.push(OpenFile { flags: seen.info.flags & !libc::O_CLOEXEC, owner, kind });
     }
-    Ok(Collected { census, tables, files, losses })
+    Ok(())
 }
 
 /// What a kind of file is that nobody claims.
@@ -244,21 +269,27 @@ fn refuse_fuse_servers(targets: &[Box<dyn Target>], links: &[Links]) -> Result<(
 
 /// Reads what /proc says about every descriptor of a process.
 fn look(process: usize, target: &dyn Target, links: Links, seen: &mut Vec<Seen>) -> io::Result<()> {
-    let proc = target.proc();
     for (fd, link) in links {
-        let info = proc.text(format!("fdinfo/{fd}"))?;
-        seen.push(Seen {
-            process,
-            pid: target.pid(),
-            fd,
-            link,
-            stat: proc.stat(format!("fd/{fd}"))?,
-            info: FdInfo::parse(&info)
-                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("fdinfo/{fd}: {info:?}")))?,
-            socket: None,
-        });
+        seen.push(look_at(process, target, fd, link)?);
     }
     Ok(())
+}
+
+/// The same of one descriptor.
+pub fn look_at(process: usize, target: &dyn Target, fd: RemoteFd, link: OsString) -> io::Result<Seen> {
+    let proc = target.proc();
+    let info = proc.text(format!("fdinfo/{fd}"))?;
+    Ok(Seen {
+        process,
+        pid: target.pid(),
+        fd,
+        link,
+        stat: proc.stat(format!("fd/{fd}"))?,
+        info: FdInfo::parse(&info)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("fdinfo/{fd}: {info:?}")))?,
+        socket: None,
+        in_queue: false,
+    })
 }
 
 /// Finds out which descriptors lead to one open file description.

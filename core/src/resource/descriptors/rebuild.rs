@@ -30,6 +30,8 @@ pub struct Placed {
     numbers: Vec<Vec<(usize, Descriptor)>>,
     /// By process: calls that wait, so that one round trip makes many files.
     pending: Vec<Pending>,
+    /// Other ends of files, which no table has, in spare numbers until the files are finished.
+    kept: HashMap<FileId, (usize, RemoteFd)>,
     /// Masters of pseudoterminals that control a session already, by their numbers.
     masters: HashMap<u32, OwnedFd>,
 }
@@ -200,6 +202,21 @@ impl RebuildFile<'_> {
 
     pub fn is_staged(&self, file: FileId) -> bool {
         !self.placed.places[file.0 as usize].is_empty()
+    }
+
+    /// Where a staged file is: a process, and a descriptor that it has there.
+    pub fn place(&self, file: FileId) -> (usize, RemoteFd) {
+        self.placed.places[file.0 as usize][0]
+    }
+
+    /// Has a spare descriptor kept for when a file is finished: its other end, say.
+    pub fn keep(&mut self, file: FileId, process: usize, fd: RemoteFd) {
+        self.placed.kept.insert(file, (process, fd));
+    }
+
+    /// What was kept for a file.
+    pub fn kept(&mut self, file: FileId) -> Option<(usize, RemoteFd)> {
+        self.placed.kept.remove(&file)
     }
 
     /// Rebuilds another file of the tree first, if it is not there yet.
@@ -380,6 +397,7 @@ pub fn rebuild(
         places: vec![Vec::new(); image.files.len()],
         numbers: vec![Vec::new(); image.files.len()],
         pending: Vec::new(),
+        kept: HashMap::new(),
         masters: terminals::taken(targets, image)?,
     };
     placed.pending.resize_with(targets.len(), Pending::default);

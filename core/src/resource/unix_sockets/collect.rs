@@ -1,5 +1,7 @@
 //! What a frozen Unix socket is, with whom it is connected, and what is in its queue.
 
+use std::collections::HashMap;
+
 use super::*;
 
 /// What the socket itself says.
@@ -49,11 +51,35 @@ pub(super) fn state(
     facts: &Facts,
 ) -> Result<State, DumpError> {
     if diag.state == LISTEN {
-        return Ok(State::Listening { backlog: diag.send_queue });
+        let mut waiting = Vec::with_capacity(diag.waiting.len());
+        for &inode in &diag.waiting {
+            if let Some(file) = file_of(context, inode) {
+                waiting.push(file);
+                continue;
+            }
+            let who = process_with_socket(inode).map_or("has closed it again".into(), |who| format!("is {who}"));
+            context.refuse(
+                format!("a connection waits to be accepted whose other end is not part of the tree: who made it {who}"),
+                "dump again when the program has accepted it",
+            );
+        }
+        return Ok(State::Listening { backlog: diag.send_queue, waiting });
     }
     let peer_name = facts.peer_name.clone().unwrap_or_default();
     let Some(inode) = diag.peer else { return Ok(State::Unconnected) };
     if inode == 0 {
+        let own = inode_of(context.seen.link.as_bytes()).unwrap_or_default();
+        if kind != libc::SOCK_DGRAM
+            && let Some(at) = waits_at(context, own)?
+        {
+            if diag.send_queue != 0 {
+                context.refuse(
+                    format!("data was written into its connection to {}, which waits to be accepted", show(&peer_name)),
+                    "dump again when the other end has accepted it",
+                );
+            }
+            return Ok(State::Waiting { at });
+        }
         let both = RCV_SHUTDOWN | SEND_SHUTDOWN;
         if kind != libc::SOCK_DGRAM && diag.shutdown & both != both {
             context.refuse(
@@ -63,10 +89,8 @@ pub(super) fn state(
         }
         return Ok(State::Orphaned { name: peer_name, reset: facts.error });
     }
-    let census = context.census;
-    let is_peer = |seen: &Seen| inode_of(seen.link.as_bytes()) == Some(inode);
-    if let Some(file) = census.seen.iter().position(is_peer) {
-        return Ok(State::Connected { to: FileId(file as u32) });
+    if let Some(to) = file_of(context, inode) {
+        return Ok(State::Connected { to });
     }
     let with = match (peer_name.is_empty(), process_with_socket(inode)) {
         (false, Some(process)) => format!("{process}, by the name {}", show(&peer_name)),
@@ -82,6 +106,34 @@ pub(super) fn state(
         "have the program close the connection before the dump, or dump a tree that holds both ends",
     );
     Ok(State::Unconnected)
+}
+
+/// The socket of the tree with an inode.
+fn file_of(context: &CollectFile<'_>, inode: u32) -> Option<FileId> {
+    let is_it = |seen: &Seen| inode_of(seen.link.as_bytes()) == Some(inode);
+    context.census.seen.iter().position(is_it).map(|file| FileId(file as u32))
+}
+
+/// The listening socket of the tree that has not accepted a connection yet.
+fn waits_at(context: &mut CollectFile<'_>, inode: u32) -> Result<Option<FileId>, DumpError> {
+    let census = context.census;
+    if census.waiting.borrow().is_none() {
+        let mut waiting = HashMap::new();
+        for (index, seen) in census.seen.iter().enumerate() {
+            let connects = |socket: SocketKind| socket.domain == libc::AF_UNIX && socket.kind != libc::SOCK_DGRAM;
+            let Some(listener) = inode_of(seen.link.as_bytes()).filter(|_| seen.socket.is_some_and(connects)) else {
+                continue;
+            };
+            let target = &mut *context.targets[seen.process];
+            let diag = sockets::ask_unix_diag(target, listener).map_err(|source| context.target_error(source))?;
+            let diag = diag.map_err(|source| context.io_error("sock_diag", source))?;
+            if diag.state == LISTEN {
+                waiting.extend(diag.waiting.into_iter().map(|client| (client, FileId(index as u32))));
+            }
+        }
+        *census.waiting.borrow_mut() = Some(waiting);
+    }
+    Ok(census.waiting.borrow().as_ref().and_then(|waiting| waiting.get(&inode).copied()))
 }
 
 /// Whether a datagram socket can be connected to an absolute path or an abstract name.
@@ -100,6 +152,9 @@ pub(super) fn locate(context: &mut CollectFile<'_>, name: &[u8], inode: u32) -> 
     let name = Path::new(OsStr::from_bytes(name));
     let holders = &context.census.holders[context.id.0 as usize];
     let mut processes: Vec<usize> = holders.iter().map(|&(process, _)| process).collect();
+    if context.seen.in_queue {
+        processes.push(context.seen.process);
+    }
     processes.dedup();
     for process in processes {
         let proc = context.targets[process].proc();
@@ -124,13 +179,15 @@ pub(super) fn is_overlay(path: &Path) -> bool {
 
 /// One message of the queue, as peeked.
 pub(super) struct Peeked {
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
     /// Bytes that this message has from here on.
-    whole: usize,
-    sender: Vec<u8>,
-    credentials: Option<(Pid, u32, u32)>,
-    /// There is more ancillary data than credentials.
-    more: bool,
+    pub(super) whole: usize,
+    pub(super) sender: Vec<u8>,
+    pub(super) credentials: Option<(Pid, u32, u32)>,
+    /// There is more ancillary data than there was room for.
+    pub(super) more: bool,
+    /// Bytes of ancillary data that came.
+    pub(super) ancillary: usize,
 }
 
 /// A `recvmsg` that leaves the message in the queue.
@@ -139,17 +196,17 @@ pub(super) struct Peek {
     header: Slot,
     data: Slot,
     name: Slot,
-    control: Option<Slot>,
+    pub(super) control: Option<Slot>,
 }
 
 impl Peek {
-    fn add(batch: &mut Batch, fd: RemoteFd, flags: i32, length: usize, credentials: bool) -> Peek {
+    /// Adds the call, with so much room for ancillary data. Where nothing comes there, all bits are set.
+    pub(super) fn add(batch: &mut Batch, fd: RemoteFd, flags: i32, length: usize, room: usize) -> Peek {
         let (data, name) = (batch.room(length), batch.room(ADDRESS));
         let vector = batch.words(&[0, length as u64]);
         batch.pointer(vector, 0, data);
-        // Room for credentials only, so that descriptors stay where they are.
-        let control = credentials.then(|| batch.room(32));
-        let header = batch.words(&[0, ADDRESS as u64, 0, 1, 0, control.map_or(0, |_| 32), 0]);
+        let control = (room > 0).then(|| batch.bytes(&vec![0xff; room]));
+        let header = batch.words(&[0, ADDRESS as u64, 0, 1, 0, room as u64, 0]);
         batch.pointer(header, 0, name);
         batch.pointer(header, 16, vector);
         if let Some(control) = control {
@@ -160,7 +217,7 @@ impl Peek {
         Peek { call, header, data, name, control }
     }
 
-    fn take(&self, replies: &Replies) -> Result<Peeked, Errno> {
+    pub(super) fn take(&self, replies: &Replies) -> Result<Peeked, Errno> {
         let whole = replies.result(self.call)? as usize;
         let header = replies.words(self.header);
         let name_length = (header[1] as u32 as usize).min(ADDRESS);
@@ -169,7 +226,9 @@ impl Peek {
             let bytes = replies.bytes(control);
             let word = |at: usize| number(&bytes[at..]);
             let is_credentials = word(8)? as i32 == libc::SOL_SOCKET && word(12)? as i32 == libc::SCM_CREDENTIALS;
-            is_credentials.then_some((Pid(word(16)? as i32), word(20)?, word(24)?))
+            // A message that was sent before anybody asked for them has none, which looks like process 0.
+            let pid = word(16)?;
+            (is_credentials && pid != 0).then_some((Pid(pid as i32), word(20)?, word(24)?))
         });
         Ok(Peeked {
             data: replies.bytes(self.data)[..whole.min(self.data.len())].to_vec(),
@@ -177,6 +236,7 @@ impl Peek {
             sender: name_in(replies.bytes(self.name), name_length),
             credentials,
             more: flags & libc::MSG_CTRUNC != 0,
+            ancillary: header[5] as usize,
         })
     }
 }
@@ -189,11 +249,22 @@ pub(super) fn queue(
     options: &[SocketOption],
 ) -> Result<Vec<Message>, DumpError> {
     let is_stream = kind == libc::SOCK_STREAM;
+    let census = context.census;
+    if let Some(queue) = census.queues.get(&context.id) {
+        let mut messages = Vec::with_capacity(queue.len());
+        for Queued { data, sender, credentials, files } in queue {
+            let message = message(context, kind, data.clone(), sender, *credentials)?;
+            messages.push(Message { descriptors: files.clone(), ..message });
+        }
+        return Ok(messages);
+    }
     if is_stream && diag.receive_queue == 0 {
         return Ok(Vec::new());
     }
     let fd = context.seen.fd;
     let passes_credentials = sockets::saved_number(options, libc::SOL_SOCKET, libc::SO_PASSCRED).unwrap_or(0) != 0;
+    // Room for credentials only: a queue with passed descriptors is read elsewhere.
+    let room = if passes_credentials { 32 } else { 0 };
     let own_offset = sockets::saved_number(options, libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(u32::MAX);
     // A datagram gives its full length with MSG_TRUNC; of a stream there is only what is there.
     let flags = if is_stream { 0 } else { libc::MSG_TRUNC };
@@ -206,12 +277,11 @@ pub(super) fn queue(
         // Most queues are empty: ask with little room first.
         let (pieces, length) = if first { (1, 4096) } else { (4, PIECE) };
         let mut batch = Batch::new();
-        let plain = first.then(|| Peek::add(&mut batch, fd, flags, 1, passes_credentials));
+        let plain = first.then(|| Peek::add(&mut batch, fd, flags, 1, room));
         let set = batch.bytes(&(offset as u32).to_ne_bytes());
         let back = batch.bytes(&own_offset.to_ne_bytes());
         batch.call(Sysno::setsockopt, args![fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, set, 4]);
-        let peeks: Vec<Peek> =
-            (0..pieces).map(|_| Peek::add(&mut batch, fd, flags, length, passes_credentials)).collect();
+        let peeks: Vec<Peek> = (0..pieces).map(|_| Peek::add(&mut batch, fd, flags, length, room)).collect();
         batch.call(Sysno::setsockopt, args![fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, back, 4]);
         let replies = context.run(&batch)?;
         // An empty datagram at the front that was peeked at before is left out by a peek with offset.
@@ -240,7 +310,7 @@ pub(super) fn queue(
             }
             if peeked.more {
                 context.refuse(
-                    "descriptors that were passed to it have not been received",
+                    "what came with its messages (a security label, or a descriptor of the sender) has not been received",
                     "dump again when the program has read its messages",
                 );
                 return Ok(messages);

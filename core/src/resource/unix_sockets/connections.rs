@@ -82,7 +82,7 @@ pub(super) fn single(saved: &UnixSocket, context: &mut RebuildFile<'_>) -> Resul
         own_file(file)?;
     }
     let mut batch = Batch::new();
-    if let State::Listening { backlog } = saved.state {
+    if let State::Listening { backlog, .. } = saved.state {
         as_user(&mut batch, saved.peer.as_ref(), &own, |batch| {
             batch.call(Sysno::listen, args![fd, backlog]);
         });
@@ -92,8 +92,9 @@ pub(super) fn single(saved: &UnixSocket, context: &mut RebuildFile<'_>) -> Resul
         State::Orphaned { name, .. } => Some(add_lost_peer(context, &mut batch, fd, name)?),
         _ => None,
     };
-    let is_datagram = saved.kind == libc::SOCK_DGRAM;
-    let setting = if is_datagram {
+    // The rest comes when all names are there.
+    let later = saved.kind == libc::SOCK_DGRAM || matches!(saved.state, State::Waiting { .. });
+    let setting = if later {
         None
     } else {
         add_shutdown(&mut batch, fd, saved);
@@ -120,6 +121,37 @@ pub(super) fn add_lost_peer(
     place.at(batch, |batch| add_connect(batch, fd, place.leads_to(name)));
     batch.call(Sysno::close, args![lost]);
     Ok(place)
+}
+
+/// Has those connect that wait to be accepted.
+pub(super) fn finish_waiting(
+    saved: &UnixSocket,
+    waiting: &[FileId],
+    context: &mut RebuildFile<'_>,
+) -> Result<(), RestoreError> {
+    let image = context.image;
+    for &client in waiting {
+        let to = reach(context, saved)?;
+        let socket =
+            unix_socket(image, client).ok_or_else(|| context.mismatch("a file that waits is no Unix socket"))?;
+        let process = context.process_of(client);
+        let fd = context.bring(client, process)?;
+        let credentials = &image.processes[process].threads[0].credentials;
+        let user = Credentials {
+            pid: image.processes[process].task.pid,
+            uid: credentials.uid.effective,
+            gid: credentials.gid.effective,
+            groups: credentials.groups.clone(),
+        };
+        let own = identity(context, process)?;
+        let mut batch = Batch::new();
+        as_user(&mut batch, Some(&user), &own, |batch| add_connect(batch, fd, &to));
+        add_shutdown(&mut batch, fd, socket);
+        let setting = set_options(&mut batch, fd, kind_of(socket), &socket.options, When::Late);
+        let replies = context.run(process, &batch)?;
+        setting.verify(&replies).map_err(|what| context.mismatch(what))?;
+    }
+    Ok(())
 }
 
 pub(super) fn add_connect(batch: &mut Batch, fd: impl Into<Arg>, name: &[u8]) {
@@ -159,6 +191,11 @@ impl<'a> End<'a> {
     fn queue(&self) -> &'a [Message] {
         self.saved.map_or(&[], |(_, saved)| &saved.queue)
     }
+
+    /// Whether files are in its queue, which may not be there yet.
+    fn waits_for_files(&self) -> bool {
+        self.queue().iter().any(|message| !message.descriptors.is_empty())
+    }
 }
 
 /// Makes both ends of a connection, or one whose other end is closed again.
@@ -181,11 +218,57 @@ pub(super) fn pair(
     } else {
         connection(context, saved.kind, &mut one, &mut other)?;
     }
-    fill(context, &other, &one)?;
-    fill(context, &one, &other)?;
+    let later = one.waits_for_files() || other.waits_for_files();
+    if !later {
+        complete(context, &one, &other)?;
+    } else if other.saved.is_none() {
+        context.keep(context.id, other.process, other.fd);
+    }
+    for end in [&one, &other] {
+        if let Some((file, _)) = end.saved {
+            context.stage(file, end.process, end.fd)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a pair gets when all files are there that are to be in its queues.
+pub(super) fn finish_pair(saved: &UnixSocket, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+    let mut one = End::of(context.id, saved);
+    let mut other = match &saved.state {
+        // Once for both.
+        State::Connected { to } if *to > context.id => return Ok(()),
+        State::Connected { to } => match unix_socket(context.image, *to) {
+            Some(peer) => End::of(*to, peer),
+            None => return Ok(()),
+        },
+        State::Orphaned { name, .. } => End { saved: None, name, process: 0, fd: RemoteFd(-1) },
+        _ => return Ok(()),
+    };
+    if !one.waits_for_files() && !other.waits_for_files() {
+        return Ok(());
+    }
+    let mut quiet = Vec::new();
+    for end in [&mut one, &mut other] {
+        (end.process, end.fd) = match end.saved {
+            Some((file, _)) => context.place(file),
+            None => context.kept(context.id).ok_or_else(|| context.mismatch("its other end is lost"))?,
+        };
+        if let Some((file, _)) = end.saved {
+            quiet.extend(Quiet::begin(context, file, end.process, end.fd)?);
+        }
+    }
+    complete(context, &one, &other)?;
+    quiet.into_iter().try_for_each(|quiet| quiet.end(context))
+}
+
+/// Queues, what is closed, and what is set last, of two ends that are connected.
+fn complete(context: &mut RebuildFile<'_>, one: &End<'_>, other: &End<'_>) -> Result<(), RestoreError> {
+    fill(context, other, one)?;
+    fill(context, one, other)?;
     if other.saved.is_none() {
         let mut batch = Batch::new();
-        if matches!(saved.state, State::Orphaned { reset: true, .. }) {
+        if one.saved.is_some_and(|(_, saved)| matches!(saved.state, State::Orphaned { reset: true, .. })) {
             let byte = batch.room(1);
             batch.call(Sysno::sendto, args![one.fd, byte, 1, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT, 0, 0]);
             context.run(one.process, &std::mem::take(&mut batch))?;
@@ -193,14 +276,13 @@ pub(super) fn pair(
         batch.call(Sysno::close, args![other.fd]);
         context.run(other.process, &batch)?;
     }
-    for end in [&one, &other] {
-        let Some((file, saved)) = end.saved else { continue };
+    for end in [one, other] {
+        let Some((_, saved)) = end.saved else { continue };
         let mut batch = Batch::new();
         add_shutdown(&mut batch, end.fd, saved);
         let setting = set_options(&mut batch, end.fd, kind_of(saved), &saved.options, When::Late);
         let replies = context.run(end.process, &batch)?;
         setting.verify(&replies).map_err(|what| context.mismatch(what))?;
-        context.stage(file, end.process, end.fd)?;
     }
     Ok(())
 }

@@ -24,16 +24,22 @@ pub(super) fn send(
     let mut batch = Batch::new();
     let mut sent: Vec<(CallId, usize)> = Vec::new();
     for message in messages {
-        let piece = if kind == libc::SOCK_STREAM { PIECE } else { message.data.len().max(1) };
+        // A read ends where the bytes end that descriptors came with.
+        let is_whole = kind != libc::SOCK_STREAM || !message.descriptors.is_empty();
+        let piece = if is_whole { message.data.len().max(1) } else { PIECE };
+        let mut passed = Vec::with_capacity(message.descriptors.len());
+        for &file in &message.descriptors {
+            passed.push(context.bring(file, route.process)?);
+        }
         // An empty datagram is a message too.
         let empty = [[].as_slice()];
         let pieces: Vec<&[u8]> =
             if message.data.is_empty() { empty.to_vec() } else { message.data.chunks(piece).collect() };
         for data in pieces {
-            if !batch.has_room(1, data.len() + 512) {
+            if !batch.has_room(1, data.len() + 512 + 4 * passed.len()) {
                 send_batch(context, route, &std::mem::take(&mut batch), &std::mem::take(&mut sent))?;
             }
-            sent.push((add_send(&mut batch, route, data, message.credentials), data.len()));
+            sent.push((add_send(&mut batch, route, data, message.credentials, &passed), data.len()));
         }
     }
     send_batch(context, route, &batch, &sent)?;
@@ -92,27 +98,36 @@ pub(super) fn add_send(
     route: &Route<'_>,
     data: &[u8],
     credentials: Option<(Pid, u32, u32)>,
+    passed: &[RemoteFd],
 ) -> CallId {
     let content = batch.bytes(data);
     let vector = batch.words(&[0, data.len() as u64]);
     batch.pointer(vector, 0, content);
     let name = route.to.map(address);
-    let control = credentials.map(|(pid, uid, gid)| {
-        // struct cmsghdr of 16 bytes, struct ucred of 12
-        let mut control = 28u64.to_ne_bytes().to_vec();
-        for word in [libc::SOL_SOCKET as u32, libc::SCM_CREDENTIALS as u32, pid.0 as u32, uid, gid, 0] {
+    let mut control = Vec::new();
+    let mut add = |kind: i32, words: &[u32]| {
+        // struct cmsghdr: length, level, type
+        control.extend((16 + 4 * words.len() as u64).to_ne_bytes());
+        for word in [libc::SOL_SOCKET as u32, kind as u32].iter().chain(words) {
             control.extend(word.to_ne_bytes());
         }
-        batch.bytes(&control)
-    });
+        control.resize(control.len().next_multiple_of(8), 0);
+    };
+    if let Some((pid, uid, gid)) = credentials {
+        add(libc::SCM_CREDENTIALS, &[pid.0 as u32, uid, gid]);
+    }
+    if !passed.is_empty() {
+        add(libc::SCM_RIGHTS, &passed.iter().map(|fd| fd.0 as u32).collect::<Vec<_>>());
+    }
     let name_length = name.as_ref().map_or(0, |name| name.len() as u64);
-    let header = batch.words(&[0, name_length, 0, 1, 0, control.map_or(0, |_| 32), 0]);
+    let header = batch.words(&[0, name_length, 0, 1, 0, control.len() as u64, 0]);
     if let Some(name) = name {
         let name = batch.bytes(&name);
         batch.pointer(header, 0, name);
     }
     batch.pointer(header, 16, vector);
-    if let Some(control) = control {
+    if !control.is_empty() {
+        let control = batch.bytes(&control);
         batch.pointer(header, 32, control);
     }
     batch.call(Sysno::sendmsg, args![route.fd, header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL])
@@ -131,14 +146,7 @@ pub(super) fn reach(context: &RebuildFile<'_>, saved: &UnixSocket) -> Result<Vec
 pub(super) fn finish_datagrams(saved: &UnixSocket, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
     let process = context.process();
     let fd = context.bring(context.id, process)?;
-    let flags = context.file().flags;
-    let notifies = flags & libc::O_ASYNC != 0 && !saved.queue.is_empty();
-    if notifies {
-        // The signal for these messages was sent long ago.
-        let mut batch = Batch::new();
-        batch.call(Sysno::fcntl, args![fd, libc::F_SETFL, flags & !libc::O_ASYNC]);
-        context.run(process, &batch)?;
-    }
+    let quiet = if saved.queue.is_empty() { None } else { Quiet::begin(context, context.id, process, fd)? };
     for message in &saved.queue {
         let to = reach(context, saved)?;
         let route = match message.sender {
@@ -169,9 +177,39 @@ pub(super) fn finish_datagrams(saved: &UnixSocket, context: &mut RebuildFile<'_>
     }
     add_shutdown(&mut batch, fd, saved);
     let setting = set_options(&mut batch, fd, kind_of(saved), &saved.options, When::Late);
-    if notifies {
-        batch.call(Sysno::fcntl, args![fd, libc::F_SETFL, flags]);
-    }
     let replies = context.run(process, &batch)?;
-    setting.verify(&replies).map_err(|what| context.mismatch(what))
+    setting.verify(&replies).map_err(|what| context.mismatch(what))?;
+    quiet.map_or(Ok(()), |quiet| quiet.end(context))
+}
+
+/// A file that does not signal what comes: the signals for the messages of an image were sent long ago.
+pub(super) struct Quiet {
+    process: usize,
+    fd: RemoteFd,
+    flags: i32,
+}
+
+impl Quiet {
+    /// `None` where it would not signal anything (`O_ASYNC`).
+    pub(super) fn begin(
+        context: &mut RebuildFile<'_>,
+        file: FileId,
+        process: usize,
+        fd: RemoteFd,
+    ) -> Result<Option<Quiet>, RestoreError> {
+        let flags = context.image.files[file.0 as usize].flags;
+        if flags & libc::O_ASYNC == 0 {
+            return Ok(None);
+        }
+        let mut batch = Batch::new();
+        batch.call(Sysno::fcntl, args![fd, libc::F_SETFL, flags & !libc::O_ASYNC]);
+        context.run(process, &batch)?;
+        Ok(Some(Quiet { process, fd, flags }))
+    }
+
+    pub(super) fn end(self, context: &mut RebuildFile<'_>) -> Result<(), RestoreError> {
+        let mut batch = Batch::new();
+        batch.call(Sysno::fcntl, args![self.fd, libc::F_SETFL, self.flags]);
+        context.run(self.process, &batch).map(drop)
+    }
 }
