@@ -29,15 +29,14 @@ if child == 0:
     def count(*_):
         global rounds
         rounds += 1
+        if os.getppid() != parent:
+            os._exit(255)
         os.write(write, b"%d\n" % rounds)
     signal.signal(signal.SIGUSR1, count)
     os.write(write, b"0\n")
-    while True:
-        info = signal.sigtimedwait([signal.SIGUSR2], 0.01)
-        if os.getppid() != parent or info and info.si_pid != parent:
-            os._exit(255)
-        if info:
-            os._exit(rounds % 200)
+    info = signal.sigwaitinfo([signal.SIGUSR2])
+    os._exit(rounds % 200 if info.si_pid == parent else 255)
+os.close(write)
 answers = os.fdopen(read)
 assert answers.readline() == "0\n"
 group, session = os.getpgid(0), os.getsid(0)
@@ -160,7 +159,9 @@ fn ten_times_over_no_call_reaches_whoever_has_the_old_ids() {
         home.dump(&family, &image, &[]);
         // They have ended. The child is ours, now that its parent is gone.
         std::mem::forget(family);
-        ids.iter().for_each(|pid| drop(wait_for(*pid, None)));
+        for pid in &ids {
+            wait_for(*pid, None);
+        }
         strangers.extend(ids.into_iter().map(|pid| Stranger::take(pid, NOBODY)));
         let before = home.rounds();
         family = home.restore(&image, &format!("pid-{round}"));
