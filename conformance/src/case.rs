@@ -74,6 +74,7 @@ pub struct Case {
     pub refused_at_restore: Option<&'static str>,
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
+    pub snapshot: bool,
     pub loses_names: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
@@ -108,6 +109,7 @@ impl Case {
             refused_at_restore: None,
             after_dump: None,
             unsteady: false,
+            snapshot: false,
             loses_names: false,
             cpu: None,
             host: None,
@@ -184,6 +186,12 @@ impl Case {
     /// Links in `/proc` to a deleted file may show another name after the restore: its own is in use.
     pub fn loses_names(mut self) -> Case {
         self.loses_names = true;
+        self
+    }
+
+    /// It is dumped so that it goes on, too, and then restored from that image: the subject changes what it has all the time.
+    pub fn snapshot(mut self) -> Case {
+        self.snapshot = true;
         self
     }
 

@@ -26,6 +26,7 @@ mod registers;
 mod scheduling;
 mod signalfd;
 mod signals;
+mod snapshots;
 mod sysvipc;
 mod tasks;
 mod terminals;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Case> {
         scheduling::cases,
         signalfd::cases,
         signals::cases,
+        snapshots::cases,
         sysvipc::cases,
         tasks::cases,
         terminals::cases,

@@ -75,11 +75,18 @@ fn is_init(proc: &ProcDir) -> bool {
     proc.status().is_ok_and(|status| status.field("NSpid").is_some_and(|ids| ids.split_whitespace().next_back() == Some("1")))
 }
 
-/// A copy that has ended and that nobody has waited for, since before this dump.
+/// A copy that has ended, and that nobody has waited for in good time.
 fn unreaped_copy() -> Option<Pid> {
+    /// Some look after their children every few seconds only.
+    const GOOD_TIME: f64 = 60.0;
+    let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
     let is_one = |pid: &Pid| {
         let stat = ProcDir::open(*pid).and_then(|proc| proc.stat_line());
-        stat.is_ok_and(|stat| stat.state == 'Z' && stat.comm == COPY_NAME.as_bytes())
+        stat.is_ok_and(|stat| {
+            // A tick is 10 ms to every program (USER_HZ).
+            let age = uptime - stat.starttime as f64 / 100.0;
+            stat.state == 'Z' && stat.comm == COPY_NAME.as_bytes() && age > GOOD_TIME
+        })
     };
     procfs::all_pids().into_iter().find(is_one)
 }
