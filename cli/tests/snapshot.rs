@@ -78,16 +78,28 @@ impl Writer {
         ckpt_core::procfs::all_pids().into_iter().find(is_copy)
     }
 
+    /// Waits for copies that have ended: we are who inherits orphans here.
+    fn reap() {
+        for pid in ckpt_core::procfs::all_pids() {
+            let stat = ProcDir::open(pid).and_then(|proc| proc.stat_line());
+            let is_copy = |stat: ckpt_core::procfs::Stat| stat.state == 'Z' && stat.comm == b"ckpt-copy";
+            if stat.is_ok_and(|stat| stat.ppid.0 as u32 == std::process::id() && is_copy(stat)) {
+                wait_for(pid, None);
+            }
+        }
+    }
+
     /// Begins to dump it, and stops the copy before it has written everything.
     fn dump_and_stop_copy(&self, image: &Path) -> (Running, Pid) {
         for _ in 0..20 {
             let _ = fs::remove_dir_all(image);
+            Writer::reap();
             let mut running = start(&mut dump(self.pid(), image, &["--leave-running"]));
             while running.child.try_wait().unwrap().is_none() {
                 let Some(copy) = self.copy() else { continue };
                 kill(copy, libc::SIGSTOP);
                 let state = || ProcDir::open(copy).and_then(|proc| proc.stat_line()).map_or('X', |stat| stat.state);
-                wait_until("the copy stops or ends", || matches!(state(), 'T' | 'Z' | 'X'));
+                wait_until("it stops or ends", || matches!(state(), 'T' | 'Z' | 'X'));
                 if state() == 'T' && running.child.try_wait().unwrap().is_none() {
                     // While it stands still, the program does not.
                     self.goes_on();
@@ -104,7 +116,11 @@ fn the_program_goes_on_while_it_is_saved() {
     let workshop = Workshop::new();
     let writer = Writer::start(&workshop, "");
     let (running, copy) = writer.dump_and_stop_copy(&workshop.image());
-    assert_eq!(names(Path::new(&format!("/proc/{copy}/fd"))).len(), 1, "it has its socket and nothing of the program's");
+    assert_eq!(
+        names(Path::new(&format!("/proc/{copy}/fd"))).len(),
+        1,
+        "it has its socket and nothing of the program's"
+    );
     let status = ProcDir::open(copy).unwrap().status().unwrap();
     assert_eq!(status.field("PPid").unwrap(), std::process::id().to_string(), "it is a child of who inherits orphans");
     kill(copy, libc::SIGCONT);
@@ -177,6 +193,7 @@ fn a_disk_that_fills_up_meanwhile() {
 
 /// Says with `-v` how the memory was written.
 fn verbose(writer: &Writer, image: &Path) -> String {
+    Writer::reap();
     let mut command = ckpt(["-v", "dump", "--leave-running", "-t"]);
     let outcome = run(command.arg(writer.pid().to_string()).arg("-D").arg(image));
     outcome.assert_done();

@@ -55,7 +55,9 @@ pub enum TargetError {
     #[error("a batch of {calls} calls and {bytes} bytes is too large")]
     BatchTooLarge { calls: usize, bytes: usize },
     /// The copy of a process ([`Frozen::copy`](crate::backend::Frozen::copy)) is not there any more.
-    #[error("the copy of process {pid} that writes its memory was ended from outside (killed, or out of memory); try again")]
+    #[error(
+        "the copy of process {pid} that writes its memory was ended from outside (killed, or out of memory); try again"
+    )]
     CopyGone { pid: Pid },
     /// The driver's own side failed.
     #[error("{operation} failed for process {pid}: {source}")]

@@ -225,4 +225,3 @@ impl Target for Copied {
         Err(self.unsupported("setting registers of a copy"))
     }
 }
-

@@ -156,7 +156,8 @@ fn take_turns(board: Board, child: bool) -> Result<(), String> {
             break;
         }
         // The parent is ahead by one, or both are where they were.
-        let (mine, ahead) = if child { (other == count + 1, other == count) } else { (other == count, other + 1 == count) };
+        let (mine, ahead) =
+            if child { (other == count + 1, other == count) } else { (other == count, other + 1 == count) };
         if mine {
             // Through all of the memory, so that each page is of another instant.
             page = (page + 1) % COUNT;

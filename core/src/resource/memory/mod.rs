@@ -18,8 +18,8 @@ pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
 pub use pages::{Later, write_pages};
-pub use snapshot::COPY_NAME;
 pub use rebuild::{check, deleted_executables, finish, map_all, rebuild_objects};
+pub use snapshot::COPY_NAME;
 
 use std::path::PathBuf;
 

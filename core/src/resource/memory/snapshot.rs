@@ -72,7 +72,8 @@ fn not_possible(why: &str) -> Snapshot {
 
 /// Whether it is the init of its pid namespace.
 fn is_init(proc: &ProcDir) -> bool {
-    proc.status().is_ok_and(|status| status.field("NSpid").is_some_and(|ids| ids.split_whitespace().next_back() == Some("1")))
+    proc.status()
+        .is_ok_and(|status| status.field("NSpid").is_some_and(|ids| ids.split_whitespace().next_back() == Some("1")))
 }
 
 /// A copy that has ended, and that nobody has waited for in good time.
