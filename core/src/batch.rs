@@ -90,8 +90,8 @@ pub enum Operation {
     ChecksumPages,
     /// Uses a tile register (AMX), with the configuration at `args[0]`, and releases it again.
     UseTiles,
-    /// Makes a copy of the process that is nobody's child there, with the agent at the lane `args[0]`, on the stack that ends at
-    /// `args[1]`. Of its descriptors the copy keeps `args[2]` only, its socket. The result is its pid.
+    /// Makes a copy of the process that is nobody's child there, with the agent at the lane `args[0]`, on the stack that
+    /// ends at `args[1]`. Of its descriptors the copy keeps `args[2]` only, its socket. The result is its pid.
     CopyProcess,
 }
 

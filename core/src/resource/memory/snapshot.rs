@@ -1,9 +1,9 @@
 //! Snapshots: of a tree that goes on, copies of the processes write the memory, while the processes are let go.
 //!
-//! A copy is a fork (`clone(2)` without CLONE_VM), so the kernel keeps a page for it from the moment when the program writes to
-//! it. What a fork does not copy is written before: shared memory and deleted files, which are not copied on write; mappings with
-//! MADV_DONTFORK and MADV_WIPEONFORK; and what ckpt writes itself (memory without read permission, pages of `rseq`).
-//! All copies are made before the first process goes on, so that the image is of one instant.
+//! A copy is a fork (`clone(2)` without CLONE_VM), so the kernel keeps a page for it from the moment when the program writes
+//! to it. What a fork does not copy is written before: shared memory and deleted files, which are not copied on write;
+//! mappings with MADV_DONTFORK and MADV_WIPEONFORK; and what ckpt writes itself (memory without read permission, pages of
+//! `rseq`). All copies are made before the first process goes on, so that the image is of one instant.
 
 use crate::backend::Frozen;
 use crate::error::DumpError;
@@ -92,7 +92,8 @@ fn unreaped_copy() -> Option<Pid> {
     procfs::all_pids().into_iter().find(is_one)
 }
 
-/// Writes what could wait: lets the tree go, and has copies write it, or, where there can be none, the processes before they go.
+/// Writes what could wait: lets the tree go, and has copies write it, or, where there can be none, the processes before
+/// they go.
 pub fn write_later(
     mut frozen: Box<dyn Frozen>,
     image: &Image,
