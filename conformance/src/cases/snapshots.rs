@@ -1,13 +1,10 @@
-//! Programs that change their memory all the time, and go on while they are saved: what is saved is of one instant, and of the
-//! saving they see nothing.
+//! Programs that change their memory all the time, and go on while they are saved: what is saved is of one instant.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 
-use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
@@ -17,7 +14,6 @@ pub fn cases() -> Vec<Case> {
     vec![
         Case::new("snapshots/one-instant", &["memory", "tasks"], one_instant).unsteady().snapshot(),
         Case::new("snapshots/not-forked", &["memory"], not_forked).unsteady().snapshot(),
-        Case::new("snapshots/unseen", &["memory", "pipes", "tasks"], unseen).unsteady().snapshot(),
     ]
 }
 
@@ -212,67 +208,4 @@ fn not_forked(checkpoint: &Checkpoint) -> Result<(), String> {
         board.attend(3, checkpoint)
     })?;
     board.verdict()
-}
-
-/// There is no child to wait for, no signal of one, nobody else in the process group, and nobody else has its descriptors.
-fn unseen(checkpoint: &Checkpoint) -> Result<(), String> {
-    let board = Board::map()?;
-    let result = thread::scope(|scope| {
-        let memory = Counters::private()?;
-        scope.spawn(move || memory.sweep(board));
-        let watchers = [
-            scope.spawn(move || watch(board, no_child)), //
-            scope.spawn(move || watch(board, no_other_writer)),
-        ];
-        let attended = board.attend(3, checkpoint);
-        watchers.into_iter().try_for_each(|watcher| watcher.join().map_err(|_| "a panic".to_string())?).and(attended)
-    });
-    result.and(board.verdict())
-}
-
-fn watch(board: Board, look: fn() -> Result<(), String>) -> Result<(), String> {
-    board.begun().fetch_add(1, SeqCst);
-    while !board.is_over() {
-        if let Err(seen) = look() {
-            board.over().store(1, SeqCst);
-            return Err(seen);
-        }
-    }
-    Ok(())
-}
-
-fn no_child() -> Result<(), String> {
-    let mut status = 0;
-    // SAFETY: the kernel writes to an integer of ours.
-    let waited = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG | libc::__WALL) };
-    let errno = Errno::last();
-    if waited != -1 || errno != Errno::ECHILD {
-        return Err(format!("a process without children waited for {waited} ({errno})"));
-    }
-    // Of the thread that the agent runs in.
-    let children = format!("/proc/self/task/{}/children", std::process::id());
-    let children = std::fs::read_to_string(children).map_err(|error| format!("children: {error}"))?;
-    if children.is_empty() { Ok(()) } else { Err(format!("a process without children has {children}")) }
-}
-
-/// A pipe whose writing end was closed here is at its end.
-fn no_other_writer() -> Result<(), String> {
-    let mut pair = [0; 2];
-    // SAFETY: two descriptors are written, which nobody else has.
-    let (reader, writer) = unsafe {
-        if libc::pipe2(pair.as_mut_ptr(), libc::O_NONBLOCK | libc::O_CLOEXEC) != 0 {
-            return Err(format!("pipe2: {}", io::Error::last_os_error()));
-        }
-        (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1]))
-    };
-    // Most of the time there is a pipe.
-    for _ in 0..1000 {
-        std::hint::spin_loop();
-    }
-    drop(writer);
-    let mut byte = 0u8;
-    // SAFETY: one byte of ours.
-    let read = unsafe { libc::read(reader.as_raw_fd(), (&raw mut byte).cast(), 1) };
-    let errno = Errno::last();
-    if read == 0 { Ok(()) } else { Err(format!("a closed pipe gives {read} ({errno}): somebody else can write to it")) }
 }

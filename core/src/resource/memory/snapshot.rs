@@ -17,7 +17,7 @@ use crate::target::{NotCopied, PAGE_SIZE, Pid, Target};
 /// What the kernel shows as the name of a copy (`comm`).
 pub const COPY_NAME: &str = "ckpt-copy";
 
-/// From so many pages on a copy of a process pays: below, its making and its end hold the program up as long as the writing.
+/// From so many pages on a process gets a copy. Not measured on a quiet machine yet.
 pub const WORTH_A_COPY: u64 = 256;
 
 /// Whether a fork has the private pages of a mapping.
