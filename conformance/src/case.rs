@@ -75,6 +75,7 @@ pub struct Case {
     pub after_dump: Option<fn(&Path)>,
     pub unsteady: bool,
     pub restless: bool,
+    pub snapshot: bool,
     pub loses_names: bool,
     pub passing_threads: bool,
     /// How often in a row it is dumped and restored.
@@ -111,6 +112,7 @@ impl Case {
             after_dump: None,
             unsteady: false,
             restless: false,
+            snapshot: false,
             loses_names: false,
             passing_threads: false,
             cpu: None,
@@ -194,6 +196,12 @@ impl Case {
     /// Threads of the subject come and go while it waits: of each process only the main thread is compared.
     pub fn passing_threads(mut self) -> Case {
         self.passing_threads = true;
+        self
+    }
+
+    /// It is dumped so that it goes on, too, and then restored from that image: the subject changes what it has all the time.
+    pub fn snapshot(mut self) -> Case {
+        self.snapshot = true;
         self
     }
 

@@ -77,6 +77,10 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
             if case.refused_at_dump.is_some() {
                 continue;
             }
+            if case.snapshot && dumper.restorer.is_some() {
+                let todo = todo(case, dumper, Some(dumper), host);
+                cells.push(Cell { case: case.clone(), todo, way: Way::Snapshot(dumper.name) });
+            }
             if needs_nothing(dumper) && case.refused_at_dump.is_none() {
                 let way = Way::Ordinary { backend: dumper.name, rounds: rounds(case) };
                 let todo = match case.privileged {

@@ -26,6 +26,8 @@ pub enum Way {
     Dry,
     /// Dumped with `--leave-running` by this backend.
     Running(&'static str),
+    /// Dumped with `--leave-running`, ended some time later, and restored from that image, by one backend.
+    Snapshot(&'static str),
     /// Dumped by one backend and restored by another, so many times in a row.
     Restored { dumper: &'static str, restorer: &'static str, rounds: usize },
     /// The same with one backend, all by an [ordinary user](crate::ordinary).
@@ -47,6 +49,7 @@ impl Way {
         match self {
             Way::Dry => "dry".into(),
             Way::Running(dumper) => format!("{dumper}+running"),
+            Way::Snapshot(backend) => format!("{backend}+snapshot"),
             Way::Restored { dumper, restorer, .. } => format!("{dumper}+{restorer}"),
             Way::Ordinary { backend, .. } => format!("{backend}{BY_NOBODY}"),
             Way::Taken { backend, .. } => format!("{backend}{TAKEN}"),
@@ -59,6 +62,7 @@ impl Way {
         match self {
             Way::Dry | Way::OrdinaryDry => None,
             Way::Running(dumper)
+            | Way::Snapshot(dumper)
             | Way::Restored { dumper, .. }
             | Way::Ordinary { backend: dumper, .. }
             | Way::Taken { backend: dumper, .. } => Some(dumper),
@@ -83,6 +87,7 @@ impl Way {
         match name.split_once('+') {
             None => (name == "dry").then_some(Way::Dry),
             Some((dumper, "running")) => Some(Way::Running(known(dumper)?)),
+            Some((backend, "snapshot")) => Some(Way::Snapshot(known(backend)?)),
             Some((dumper, restorer)) => {
                 Some(Way::Restored { dumper: known(dumper)?, restorer: known(restorer)?, rounds })
             }
@@ -154,7 +159,7 @@ pub fn run(case: &Case, way: &Way, subject: &Path) -> Verdict {
     fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).map_err(|error| error.to_string())?;
     let rounds = match way {
         Way::Restored { rounds, .. } | Way::Ordinary { rounds, .. } | Way::Taken { rounds, .. } => *rounds,
-        Way::Dry | Way::Running(_) | Way::OrdinaryDry => 1,
+        Way::Dry | Way::Running(_) | Way::Snapshot(_) | Way::OrdinaryDry => 1,
     };
     let mut command = Command::new("/proc/self/exe");
     command.args([SWITCH, case.name, &way.name(), &rounds.to_string()]).arg(dir.path()).arg(subject);
@@ -219,6 +224,7 @@ impl Init<'_> {
                 self.after_restore(0)?;
             }
             Way::Running(dumper) => self.leave_running(dumper)?,
+            Way::Snapshot(backend) => self.snapshot(backend)?,
             Way::Restored { dumper, restorer, rounds } => {
                 if !self.rounds(dumper, restorer, rounds)? {
                     return Ok(());
@@ -389,6 +395,31 @@ impl Init<'_> {
                 }
                 result => return result,
             }
+        }
+    }
+
+    /// A dump that leaves the tree running, and what is restored from it while the tree is gone.
+    fn snapshot(&mut self, name: &str) -> Verdict {
+        let image = self.dir.join("image");
+        driver::dump(backend(name), self.case, self.root, &image, After::LeaveRunning, self.ordinary)
+            .map_err(|failure| format!("the dump failed: {failure:?}"))?;
+        // It has gone on, and its verdict on that is the business of another way.
+        for pid in self.processes() {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        let begin = Instant::now();
+        while !self.processes().is_empty() {
+            self.reap();
+            if begin.elapsed() > Duration::from_secs(20) {
+                return Err(format!("processes {:?} do not end", self.processes()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.ended.clear();
+        match driver::restore(backend(name), self.case, &image, self.ordinary) {
+            Ok(root) if root == self.root => Ok(()),
+            Ok(root) => Err(format!("process {} was dumped, {root} restored", self.root)),
+            Err(failure) => Err(format!("the restore failed: {failure:?}")),
         }
     }
 

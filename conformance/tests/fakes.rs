@@ -20,8 +20,8 @@ use ckpt_core::names::Names;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::memory::Filler;
 use ckpt_core::{
-    Context, DumpError, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, Refusal, RemoteFd, RemotePtr,
-    RestoreError, SigInfo, Target, TargetError, args, inventory, registry,
+    Context, DumpError, Footprint, Kcmp, MemoryWriter, NotCopied, Pid, PrivatePages, Queue, Refusal, RemoteFd,
+    RemotePtr, RestoreError, SigInfo, Target, TargetError, args, inventory, registry,
 };
 use libtest_mimic::{Arguments, Trial};
 
@@ -264,6 +264,12 @@ impl Frozen for FakeFrozen {
     }
     fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError> {
         self.inner.virtual_ids()
+    }
+    fn copy(&mut self, process: usize, without: &NotCopied) -> Result<Box<dyn Target>, TargetError> {
+        return_targets(std::mem::take(&mut self.targets), self.inner.targets());
+        let copied = self.inner.copy(process, without);
+        self.targets = borrow_targets(self.wrong, self.inner.targets());
+        copied
     }
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {
         let wrong = self.wrong;

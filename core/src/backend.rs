@@ -6,7 +6,7 @@ use crate::error::{DumpError, Refusal, RestoreError};
 use crate::image::{Image, Zombie};
 use crate::names::Names;
 use crate::resource::memory::Filler;
-use crate::target::{Pid, Target};
+use crate::target::{NotCopied, Pid, Target, TargetError};
 
 /// A backend, as `inventory` holds it. A crate registers with
 /// `inventory::submit! { Backend { name: "ptrace", .. } }`, and whoever links it names it (`use ckpt_ptrace as _;`).
@@ -102,6 +102,16 @@ pub trait Frozen {
     fn targets(&mut self) -> &mut [Box<dyn Target>];
     /// The ids by which the programs know their tree, if they are not the kernel's: see [`crate::names`].
     fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError>;
+    /// Makes a copy of a process, by its index: it has the private memory of this instant, whatever becomes of the process, and
+    /// of its descriptors none. It runs batches on its only thread, and is there to write pages.
+    ///
+    /// Duties:
+    /// 1. No process of the tree can wait for it, or gets a signal for it.
+    /// 2. It ends when it is dropped, and when the dumper ends in any way.
+    ///
+    /// # Errors
+    /// The process is as before.
+    fn copy(&mut self, process: usize, without: &NotCopied) -> Result<Box<dyn Target>, TargetError>;
     /// Lets the tree go on.
     fn thaw(self: Box<Self>) -> Result<(), DumpError>;
     /// Leaves every process stopped as by SIGSTOP.

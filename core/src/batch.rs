@@ -90,6 +90,9 @@ pub enum Operation {
     ChecksumPages,
     /// Uses a tile register (AMX), with the configuration at `args[0]`, and releases it again.
     UseTiles,
+    /// Makes a copy of the process that is nobody's child there, with the agent at the lane `args[0]`, on the stack that
+    /// ends at `args[1]`. Of its descriptors the copy keeps `args[2]` only, its socket. The result is its pid.
+    CopyProcess,
 }
 
 /// One call.
@@ -146,6 +149,11 @@ impl Batch {
         (configuration[0], configuration[16], configuration[48]) = (1, 4, 1);
         let configuration = self.bytes(&configuration);
         self.push(Operation::UseTiles, args![configuration], false);
+    }
+
+    /// Adds the agent's copying of its process, which may fail: see [`Operation::CopyProcess`]. For backends.
+    pub fn copy_process(&mut self, lane: u64, stack: u64, socket: Arg) -> CallId {
+        self.push(Operation::CopyProcess, &[lane.into(), stack.into(), socket], true)
     }
 
     fn push(&mut self, operation: Operation, args: &[Arg], may_fail: bool) -> CallId {

@@ -8,6 +8,7 @@ use crate::error::{DumpError, Refusal};
 use crate::host;
 use crate::image::{Image, Process, Thread};
 use crate::progress::{Meter, Phase, Progress};
+use crate::resource::memory::snapshot::{self, Snapshot};
 use crate::resource::questions::Questions;
 use crate::resource::{
     Collect, attributes, cgroups, credentials, descriptors, filesystem, limits, locks, memory, scheduling, signals,
@@ -48,23 +49,26 @@ pub fn dump(
     mut store: Box<dyn ImageWriter>,
     progress: &mut dyn Progress,
 ) -> Result<Summary, DumpError> {
+    let snapshot = if after == After::LeaveRunning { Snapshot::asked() } else { Snapshot::No };
     progress.phase(Phase::Freeze);
     let (consents, mut frozen) = consent::freeze(dumper, root, options)?;
     progress.phase(Phase::Collect);
     let (mut image, objects) = collect(&mut *frozen, options, &mut *store)?;
-    write_content(frozen.targets(), &mut image, objects, &mut *store, progress)?;
+    let snapshot = snapshot.of(frozen.targets(), &image);
+    let later = write_content(frozen.targets(), &mut image, objects, &snapshot, &mut *store, progress)?;
     let summary = Summary {
         processes: image.processes.len() + image.zombies.len(),
         threads: image.processes.iter().map(|process| process.threads.len()).sum(),
         page_bytes: memory::page_bytes(&image),
     };
     interruption()?;
-    // All is copied: a tree that goes on need not wait for the medium. One that does not is there until the image is.
+    // A tree that goes on need not wait for the medium. One that does not is there until the image is.
     let frozen = match after {
         After::Kill | After::LeaveStopped => Some(frozen),
         After::LeaveRunning => {
             progress.phase(Phase::LetGo);
-            frozen.thaw()?;
+            snapshot::write_later(frozen, &image, later, &mut *store, progress)?;
+            interruption()?;
             None
         }
     };
@@ -175,19 +179,21 @@ fn collect(
     Ok((image, objects))
 }
 
-/// Everything can be saved: now what takes the time.
+/// Everything can be saved: now what takes the time, but for what can wait until the tree goes on.
 fn write_content(
     targets: &mut [Box<dyn Target>],
     image: &mut Image,
     mut objects: memory::Objects,
+    snapshot: &Snapshot,
     store: &mut dyn ImageWriter,
     progress: &mut dyn Progress,
-) -> Result<(), DumpError> {
+) -> Result<memory::Later, DumpError> {
     let mut meter = Meter::new(progress, Phase::WritePages, None);
-    memory::write_pages(targets, &mut image.processes, store, &mut meter)?;
+    let may_wait = |pages| snapshot.may_wait(pages);
+    let later = memory::write_pages(targets, &mut image.processes, &may_wait, store, &mut meter)?;
     image.memory_objects = objects.write(store, &mut meter)?;
     image.deleted_files = objects.deleted.write(store)?;
-    Ok(())
+    Ok(later)
 }
 
 fn collect_threads(context: &mut Collect<'_>) -> Result<Vec<Thread>, DumpError> {

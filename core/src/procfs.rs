@@ -116,6 +116,20 @@ impl ProcDir {
     }
 }
 
+/// The ids of all processes.
+pub fn all_pids() -> Vec<Pid> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok().map(Pid)).collect()
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes; 0 where it is not told.
+pub fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kibibytes = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kibibytes.unwrap_or(0).saturating_mul(1024)
+}
+
 /// The content of a file of `/proc`, whose size and place in it need not be asked first.
 pub fn read_whole(mut file: File) -> io::Result<Vec<u8>> {
     let mut content = vec![0; 4096];

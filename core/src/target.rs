@@ -54,6 +54,11 @@ pub enum TargetError {
     /// A batch holds more than [`MAX_CALLS`](crate::batch::MAX_CALLS) or [`MAX_BYTES`](crate::batch::MAX_BYTES).
     #[error("a batch of {calls} calls and {bytes} bytes is too large")]
     BatchTooLarge { calls: usize, bytes: usize },
+    /// The copy of a process ([`Frozen::copy`](crate::backend::Frozen::copy)) is not there any more.
+    #[error(
+        "the copy of process {pid} that writes its memory was ended from outside (killed, or out of memory); try again"
+    )]
+    CopyGone { pid: Pid },
     /// The driver's own side failed.
     #[error("{operation} failed for process {pid}: {source}")]
     Driver { pid: Pid, operation: &'static str, source: std::io::Error },
@@ -280,6 +285,15 @@ pub trait Target: Send + std::any::Any {
 /// See [`Target::writer`].
 pub trait MemoryWriter: Send + Sync {
     fn write(&self, to: RemotePtr, bytes: &[u8]) -> Result<(), TargetError>;
+}
+
+/// What a copy of a process must not have from it.
+#[derive(Clone, Debug, Default)]
+pub struct NotCopied {
+    /// Mappings that must not be copied at all, not even for a moment: the kernel counts who has them.
+    pub hidden: Vec<std::ops::Range<u64>>,
+    /// Mappings that the copy gives back before the process goes on.
+    pub given_back: Vec<std::ops::Range<u64>>,
 }
 
 /// What of a target is ckpt's own and no part of the program.

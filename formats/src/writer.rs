@@ -87,14 +87,6 @@ const LARGE_PIECE: u64 = 256;
 /// A manifest that is worth a thread to verify it, in bytes.
 const LARGE_MANIFEST: usize = 128 << 10;
 
-/// `MemAvailable` of `/proc/meminfo`, in bytes; 0 where it is not told.
-fn available_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kibibytes = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kibibytes.unwrap_or(0).saturating_mul(1024)
-}
-
 /// How it is made sure that there is room for the pages before the target writes them: a full disk is then our error
 /// and not one of a system call in the target.
 ///
@@ -144,7 +136,7 @@ impl ImageWriter for Writer {
         let end = self.reserved.checked_add(pages).filter(|&end| end <= MAX_PAGES);
         let end = end.ok_or_else(|| self.faulty(format!("{pages} more pages than {} are too many", self.reserved)))?;
         self.make_room(end).map_err(|errno| io(&self.partial, PAGES, "has no room for the pages", errno.into()))?;
-        if self.cache == Cache::Used && end * PAGE > SMALL && end * PAGE > available_memory() / 4 {
+        if self.cache == Cache::Used && end * PAGE > SMALL && end * PAGE > ckpt_core::procfs::available_memory() / 4 {
             // From here on. Where the file system does not know O_DIRECT, the cache is used on.
             let _ = fcntl(&self.pages, FcntlArg::F_SETFL(OFlag::O_DIRECT));
             self.cache = Cache::Bypassed;

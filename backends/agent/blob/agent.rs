@@ -37,11 +37,21 @@ const SYS_KILL: u64 = 62;
 const SYS_FUTEX: u64 = 202;
 const SYS_EXIT_GROUP: u64 = 231;
 const SYS_CLONE3: u64 = 435;
+const SYS_CLONE: u64 = 56;
+const SYS_EXIT: u64 = 60;
+const SYS_WAIT4: u64 = 61;
 const SYS_CLOSE_RANGE: u64 = 436;
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 const MSG_NOSIGNAL: u64 = 0x4000;
 const EINTR: i64 = 4;
+const EBADF: i64 = 9;
+const CLONE_VM: u64 = 0x100;
+const CLONE_FS: u64 = 0x200;
+const CLONE_FILES: u64 = 0x400;
+const CLONE_VFORK: u64 = 0x4000;
+const CLONE_UNTRACED: u64 = 0x0080_0000;
+const WALL: u64 = 0x4000_0000;
 const ESRCH: i32 = 3;
 
 #[panic_handler]
@@ -174,6 +184,77 @@ unsafe fn clone(args: u64, size: u64) -> i64 {
     result
 }
 
+/// Makes a copy of the process, which serves at `lane` as a skeleton does: it ends with its driver. Gives its pid.
+///
+/// The copy is the child of a go-between that shares our memory, and ends before we go on: so it is no child of the program,
+/// which could come to wait for it, but of whoever inherits orphans. Neither has a signal for its end (`exit_signal` 0), and
+/// the go-between is waited for here: nobody else runs.
+unsafe fn copy_process(lane: *mut Lane, stack: u64, socket: i32) -> i64 {
+    if socket < 0 {
+        return -EBADF;
+    }
+    unsafe {
+        (&raw mut (*lane).socket).write_volatile(socket);
+        let made = &raw mut (*lane).copy;
+        let between: i64;
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            // The go-between, on our stack, which it leaves alone, as we are held until it ends. The copy has its own.
+            "mov eax, {clone}",
+            "mov edi, {untraced}",
+            "mov rsi, r12",
+            "xor edx, edx",
+            "xor r10d, r10d",
+            "xor r8d, r8d",
+            "syscall",
+            "test rax, rax",
+            "jz 3f",
+            "mov [r13], eax",
+            "xor edi, edi",
+            "mov eax, {exit}",
+            "syscall",
+            "ud2",
+            "3:",
+            "pop rdi",
+            "and rsp, -16",
+            "call {begin}",
+            "ud2",
+            "2:",
+            clone = const SYS_CLONE,
+            untraced = const CLONE_UNTRACED,
+            exit = const SYS_EXIT,
+            begin = sym begin_copy,
+            inlateout("rax") SYS_CLONE as i64 => between,
+            in("rdi") CLONE_VM | CLONE_VFORK | CLONE_FS | CLONE_FILES | CLONE_UNTRACED,
+            in("rsi") 0u64, in("rdx") 0u64, in("r10") 0u64, in("r8") 0u64,
+            in("r12") stack, in("r13") made,
+            out("rcx") _, out("r11") _,
+        );
+        if between < 0 {
+            return between;
+        }
+        while system(SYS_WAIT4, [between as u64, 0, WALL, 0, 0, 0]) == -EINTR {}
+        made.read_volatile() as i64
+    }
+}
+
+/// The first thing that a copy does is to give back what it has of the program's descriptors.
+unsafe extern "C" fn begin_copy(lane: *mut Lane) -> ! {
+    unsafe {
+        let socket = (*lane).socket as u32 as u64;
+        let below = if socket == 0 { 0 } else { system(SYS_CLOSE_RANGE, [0, socket - 1, 0, 0, 0, 0]) };
+        let above = system(SYS_CLOSE_RANGE, [socket + 1, u32::MAX as u64, 0, 0, 0, 0]);
+        if below < 0 || above < 0 {
+            loop {
+                system(SYS_EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
+            }
+        }
+        serve(lane)
+    }
+}
+
 unsafe extern "C" fn serve(lane: *mut Lane) -> ! {
     unsafe {
         loop {
@@ -230,6 +311,8 @@ unsafe fn run(lane: *mut Lane) {
             } else if (*call).number == USE_TILES {
                 use_tiles(args[0]);
                 0
+            } else if (*call).number == COPY_PROCESS {
+                copy_process(args[0] as *mut Lane, args[1], args[2] as i32)
             } else if (*call).number == SYS_CLONE3 as u32 {
                 clone(args[0], args[1])
             } else {

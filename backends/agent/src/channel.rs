@@ -14,7 +14,9 @@ use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg, setsockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::protocol::{self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, Call, Lane, MAY_FAIL, USE_TILES};
+use crate::protocol::{
+    self, CHECKSUM_PAGES, CODE_SIZE, COMMAND_LEAVE, CONTROL_SIZE, COPY_PROCESS, Call, Lane, MAY_FAIL, USE_TILES,
+};
 use crate::region::{FRAME_SIZE, LaneKind, Region};
 use crate::sys;
 
@@ -83,7 +85,7 @@ impl Channel {
                 ran: 0,
                 boot: protocol::BOOT_WAITING,
                 arrived: 0,
-                _reserved: 0,
+                copy: 0,
                 call_array: lane + layout.calls as u64,
                 control: base + CODE_SIZE as u64,
                 frame: 0,
@@ -135,6 +137,22 @@ impl Channel {
         let Wait::Socket { ours, .. } = &self.wait else { return false };
         let mut ready = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
         poll(&mut ready, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Frozen targets: prepares the lane of a copy, the last of the region. `ours` is the end of its socket that we keep; the
+    /// number of the other is known once the copy is made.
+    pub(crate) fn lane_of_copy(&self, ours: OwnedFd) -> Channel {
+        let offset = self.region.size() - LaneKind::Copy.size();
+        let wait = Wait::Socket { ours, theirs: RemoteFd(-1) };
+        Channel::new(self.region.clone(), LaneKind::Copy, offset, self.base, self.pid, wait)
+    }
+
+    /// The same, when it is: the agent has written it into the lane.
+    pub(crate) fn socket_is_known(&mut self) {
+        let number = self.head().socket;
+        if let Wait::Socket { theirs, .. } = &mut self.wait {
+            *theirs = RemoteFd(number);
+        }
     }
 
     /// Offset in a region of the first lane.
@@ -422,6 +440,7 @@ impl Channel {
                 Operation::System(number) => number as u32,
                 Operation::ChecksumPages => CHECKSUM_PAGES,
                 Operation::UseTiles => USE_TILES,
+                Operation::CopyProcess => COPY_PROCESS,
             };
             Call { number, flags: if call.may_fail { MAY_FAIL } else { 0 }, results, loads, args, result: 0 }
         };

@@ -5,7 +5,8 @@
 //! ```text
 //! code      read and execute only in the target
 //! control   one page for the whole region
-//! lanes     one for each thread that runs the agent: a head, the calls, the bytes, a stack, the final frame
+//! lanes     one for each thread that runs the agent: a head, the calls, the bytes, a stack, the final frame;
+//!           in a frozen target, one at the end for the agent of a copy of it
 //! ```
 
 /// The code's part of the region, in bytes.
@@ -16,6 +17,8 @@ pub const CONTROL_SIZE: usize = 4096;
 /// Bytes of the lane of a main thread, and of any other's.
 pub const MAIN_LANE_SIZE: usize = 256 * 1024;
 pub const THREAD_LANE_SIZE: usize = 32 * 1024;
+/// Bytes of the lane of a copy: the last of the region of a frozen target.
+pub const COPY_LANE_SIZE: usize = 96 * 1024;
 /// The end of each lane: room for `struct ucontext` and the largest xsave area there is (AMX: 11,008 bytes).
 pub const FRAME_SIZE: usize = 12 * 1024;
 
@@ -29,6 +32,7 @@ pub struct Control {
 /// What a call of the agent's own is: a number no system call has.
 pub const CHECKSUM_PAGES: u32 = 0x8000_0000;
 pub const USE_TILES: u32 = 0x8000_0001;
+pub const COPY_PROCESS: u32 = 0x8000_0002;
 
 /// Set in [`Call::flags`]: go on when it fails.
 pub const MAY_FAIL: u16 = 1;
@@ -87,7 +91,8 @@ pub struct Lane {
     pub boot: i32,
     /// Lanes that threads enter by themselves (from a signal handler): set by the thread once it is there.
     pub arrived: u32,
-    pub _reserved: u32,
+    /// Lanes of copies: the pid of the copy, or the negative error number of the call that was to make it.
+    pub copy: i32,
     pub call_array: u64,
     pub control: u64,
     /// A `struct ucontext` for `rt_sigreturn`, through which the thread leaves the agent.

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub use crate::protocol::FRAME_SIZE;
-use crate::protocol::{CODE_SIZE, CONTROL_SIZE, Call, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
+use crate::protocol::{CODE_SIZE, CONTROL_SIZE, COPY_LANE_SIZE, Call, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::sys::SharedMapping;
 use crate::{BLOB, sys};
 
@@ -15,6 +15,8 @@ pub enum LaneKind {
     Main,
     /// Another thread: a few calls.
     Thread,
+    /// A copy of the process: as many calls as the main thread, with fewer bytes.
+    Copy,
 }
 
 /// Where the parts of a lane are, in bytes from its start.
@@ -34,6 +36,7 @@ impl LaneKind {
         let (max_calls, max_bytes, stack, size) = match self {
             LaneKind::Main => (ckpt_core::batch::MAX_CALLS, ckpt_core::batch::MAX_BYTES, 15 * 1024, MAIN_LANE_SIZE),
             LaneKind::Thread => (64, 8 * 1024, 7 * 1024, THREAD_LANE_SIZE),
+            LaneKind::Copy => (ckpt_core::batch::MAX_CALLS, 32 * 1024, 15 * 1024, COPY_LANE_SIZE),
         };
         let calls = 256;
         let bytes = calls + max_calls * size_of::<Call>();
@@ -53,6 +56,8 @@ const _: () = {
     assert!(main.stack_top <= main.frame);
     let thread = LaneKind::Thread.layout();
     assert!(thread.stack_top <= thread.frame);
+    let copy = LaneKind::Copy.layout();
+    assert!(copy.stack_top <= copy.frame);
 };
 
 /// A region, as the driver has it.

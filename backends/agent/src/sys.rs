@@ -144,6 +144,23 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// SIGKILL.
+pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    let (fd, none) = (pidfd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: a null pointer stands for an ordinary signal.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, none, 0) }).map(drop)
+}
+
+/// Waits for a process that has ended, should it be a child of ours.
+pub fn reap(pidfd: BorrowedFd<'_>) {
+    let options = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+    let fd = pidfd.as_raw_fd() as libc::id_t;
+    // SAFETY: zero is a value of this structure, which the kernel fills.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure outlives the call.
+    unsafe { libc::waitid(libc::P_PIDFD, fd, &mut info, options) };
+}
+
 pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;

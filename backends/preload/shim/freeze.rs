@@ -13,7 +13,7 @@
 use core::arch::{asm, naked_asm};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crate::agent::{CODE_SIZE, CONTROL_SIZE, FRAME_SIZE, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
+use crate::agent::{CODE_SIZE, CONTROL_SIZE, COPY_LANE_SIZE, FRAME_SIZE, Lane, MAIN_LANE_SIZE, THREAD_LANE_SIZE};
 use crate::calls::{self, sys};
 use crate::protocol::{
     ASK_TAG, Arrival, HANDLER_STACK, Hello, Lent, MAGIC, MOST_XSAVE, NO_CALL, Ready, SECOND_SIGNAL, SIGNAL, SOCKET_NAME, TELL_TAG,
@@ -376,7 +376,7 @@ unsafe fn host(index: u64, nonce: u32, context: *mut u64, stack: u64) {
 unsafe fn guest(index: u64, context: *mut u64, stack: u64) {
     let base = BASE.load(Ordering::SeqCst);
     let at = (CODE_SIZE + CONTROL_SIZE + MAIN_LANE_SIZE) as u64 + index * THREAD_LANE_SIZE as u64;
-    if at + THREAD_LANE_SIZE as u64 > SIZE.load(Ordering::SeqCst) {
+    if at + (THREAD_LANE_SIZE + COPY_LANE_SIZE) as u64 > SIZE.load(Ordering::SeqCst) {
         return;
     }
     // SAFETY: inside the region, as just checked; the lane is this thread's alone.

@@ -269,6 +269,7 @@ impl Meeting {
         let first = tids(&process)?;
         let lanes = first.len() + NEW_THREADS;
         let kinds = std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, lanes));
+        let kinds = kinds.chain([LaneKind::Copy]);
         let region = Region::create(Region::size_for(kinds))
             .map_err(|source| DumpError::Io { what: "the region of the agent".into(), source })?;
         let region = Arc::new(region);
@@ -455,7 +456,7 @@ impl Meeting {
                         Channel::new(region.clone(), LaneKind::Main, Channel::FIRST, ready.base, pid, wait);
                     channel.set_healing(ready.frame, ready.frame);
                     let first = Channel::FIRST + LaneKind::Main.size();
-                    let lanes = (region.size() - first) / LaneKind::Thread.size();
+                    let lanes = (region.size() - first - LaneKind::Copy.size()) / LaneKind::Thread.size();
                     for index in 0..lanes {
                         let offset = first + index * LaneKind::Thread.size();
                         Channel::new(region.clone(), LaneKind::Thread, offset, ready.base, pid, Wait::Futex).expect();

@@ -19,8 +19,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use ckpt_agent::Channel;
 use ckpt_agent::process::Process;
+use ckpt_agent::{Channel, Copied};
 use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
 use ckpt_core::batch::{Arg, Batch, CallId, Replies, Slot, Sysno};
 use ckpt_core::error::{DumpError, Refusal};
@@ -29,8 +29,8 @@ use ckpt_core::names::Names;
 use ckpt_core::procfs::ProcDir;
 use ckpt_core::resource::descriptors::FdInfo;
 use ckpt_core::{
-    Context, EpollSlot, Footprint, General, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, Registers, RemoteFd,
-    RemotePtr, Rseq, SigInfo, Target, TargetError, args,
+    Context, EpollSlot, Footprint, General, Kcmp, MemoryWriter, NotCopied, Pid, PrivatePages, Queue, Registers,
+    RemoteFd, RemotePtr, Rseq, SigInfo, Target, TargetError, args,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -986,6 +986,13 @@ impl Frozen for FrozenTree {
         let (pid, (header, generation)) = (target.tids[0], target.ids);
         let names = virtual_ids::names_of(target, header, generation);
         names.map(Some).map_err(|source| DumpError::Target { resource: "tasks", pid, source })
+    }
+
+    fn copy(&mut self, process: usize, without: &NotCopied) -> Result<Box<dyn Target>, TargetError> {
+        let target = self.each().nth(process).expect("a process of the tree");
+        let pid = target.tids[0];
+        let copied = Copied::make(pid, &mut target.agent().channel, without, &mut alive(pid))?;
+        Ok(Box::new(copied))
     }
 
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {

@@ -36,7 +36,7 @@ pub const fn nonce_of_process(pid: i32) -> u32 {
 }
 
 /// Begins every [`Hello`]; the last byte is the version of all that is in this file and in the agent's protocol.
-pub const MAGIC: u64 = 0x636b_7074_7368_6d04;
+pub const MAGIC: u64 = 0x636b_7074_7368_6d05;
 
 /// The name of the socket, after its zero byte: this, and eight hexadecimal digits.
 pub const SOCKET_PREFIX: &[u8; 13] = b"ckpt-preload-";

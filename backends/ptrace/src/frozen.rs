@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 
 use ckpt_agent::process::Process;
 use ckpt_agent::protocol::CODE_SIZE;
-use ckpt_agent::{Channel, LaneKind, Region, Wait};
+use ckpt_agent::{Channel, Copied, LaneKind, Region, Wait};
 use ckpt_core::args;
 use ckpt_core::backend::{DumpOptions, Frozen, FrozenProcess};
 use ckpt_core::batch::{Arg, Batch, Replies, Sysno};
@@ -15,7 +15,8 @@ use ckpt_core::image::Zombie;
 use ckpt_core::names::Names;
 use ckpt_core::procfs::{Mapping, ProcDir};
 use ckpt_core::{
-    Context, Footprint, Kcmp, MemoryWriter, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target, TargetError,
+    Context, Footprint, Kcmp, MemoryWriter, NotCopied, Pid, PrivatePages, Queue, RemoteFd, RemotePtr, SigInfo, Target,
+    TargetError,
 };
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -130,6 +131,7 @@ impl Entry {
         let entrance = search.entrance(process, &mappings)?;
         let others = stopped.tracees.len() - 1;
         let lanes = std::iter::once(LaneKind::Main).chain(std::iter::repeat_n(LaneKind::Thread, others));
+        let lanes = lanes.chain([LaneKind::Copy]);
         let size = Region::size_for(lanes);
         if mappings.len() + 3 > most_mappings() {
             // The call that maps the region would succeed, and the agent could not split it.
@@ -552,6 +554,13 @@ impl Frozen for FrozenTree {
     /// Its trees have the kernel's ids.
     fn virtual_ids(&mut self) -> Result<Option<Names>, DumpError> {
         Ok(None)
+    }
+
+    fn copy(&mut self, process: usize, without: &NotCopied) -> Result<Box<dyn Target>, TargetError> {
+        let target = self.each().nth(process).expect("a process of the tree");
+        let (pid, tracee) = (target.tids[0], &target.tracees[target.host]);
+        let copied = Copied::make(pid, &mut target.channel, without, &mut || keep_running(tracee, pid))?;
+        Ok(Box::new(copied))
     }
 
     fn thaw(mut self: Box<Self>) -> Result<(), DumpError> {

@@ -1,7 +1,7 @@
 //! Kills `ckpt` at random instants while it works on a program of many threads that check themselves all the time.
 //!
 //! A killed `ckpt dump --leave-running` must leave the program as it was: going on, neither traced nor stopped, with its
-//! mappings and descriptors. A killed `ckpt restore` must leave nothing, or, if it had let the tree go already, all
+//! mappings and descriptors, and no copy of it. A killed `ckpt restore` must leave nothing, or, if it had let the tree go already, all
 //! of it running rightly. Everything happens in namespaces of its own ([`isolation`]).
 
 use std::collections::BTreeSet;
@@ -249,7 +249,11 @@ impl Program {
             let still: Vec<usize> = (0..counts.len()).filter(|&index| counts[index] <= before[index]).collect();
             let traced: Vec<String> = numbers(&task).iter().filter_map(|tid| hindrance(&task, *tid)).collect();
             let differences = self.looks.difference(&look(self.root));
-            if still.is_empty() && traced.is_empty() {
+            // A copy of it that has written its memory ends with ckpt, if not at once.
+            reap();
+            let mut others = processes();
+            others.remove(&self.root);
+            if still.is_empty() && traced.is_empty() && others.is_empty() {
                 if differences.is_empty() {
                     return Ok(());
                 }
@@ -260,7 +264,7 @@ impl Program {
             }
             if !task.exists() || begin.elapsed() > DEADLINE {
                 return Err(format!(
-                    "threads that stand still: {still:?}; {traced:?}; {}\n{}",
+                    "threads that stand still: {still:?}; {traced:?}; other processes: {others:?}; {}\n{}",
                     differences.join("\n"),
                     self.output()
                 ));

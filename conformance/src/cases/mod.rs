@@ -29,6 +29,7 @@ mod registers;
 mod scheduling;
 mod signalfd;
 mod signals;
+mod snapshots;
 mod sysvipc;
 mod tasks;
 mod tcp;
@@ -67,6 +68,7 @@ pub fn all() -> Vec<Case> {
         scheduling::cases,
         signalfd::cases,
         signals::cases,
+        snapshots::cases,
         sysvipc::cases,
         tasks::cases,
         tcp::cases,

@@ -81,10 +81,10 @@ fn receive(socket: &impl AsRawFd, length: usize, flags: i32) -> Result<Received,
     while rest.len() >= 4 {
         let length = rest[0] as usize / 4;
         match rest[3] as i32 {
-            // SAFETY: the kernel has just made these descriptors for us.
             libc::SCM_RIGHTS => {
-                let files = rest[4..length].iter().map(|&fd| unsafe { File::from_raw_fd(fd as i32) });
-                received.files.extend(files);
+                // SAFETY: the kernel has just made this descriptor for us.
+                let own = |&fd: &u32| unsafe { File::from_raw_fd(fd as i32) };
+                received.files.extend(rest[4..length].iter().map(own));
             }
             _ => received.credentials = rest[4..length].try_into().ok(),
         }

@@ -1,7 +1,8 @@
 //! Address spaces: mappings, pages, heap, vdso, and memory that several mappings or descriptors share.
 //!
 //! Three steps each way. Dump: [`collect`] reads what is mapped (`/proc/PID/smaps`), [`write_pages`] has the target write
-//! its own pages into the image, [`Objects::write`] copies shared memory. Restore: [`map_all`] makes the mappings, a
+//! its own pages into the image, [`Objects::write`] copies shared memory; of a tree that goes on, [`snapshot`] has copies
+//! of the processes write the most of it. Restore: [`map_all`] makes the mappings, a
 //! [`Filler`] brings the pages in, [`finish`] sets what may be set only then.
 //!
 //! Not visible to anyone, and so not kept: protection keys that are allocated but not used.
@@ -11,12 +12,14 @@ mod fill;
 mod objects;
 mod pages;
 mod rebuild;
+pub mod snapshot;
 
 pub use collect::{Looks, collect};
 pub use fill::{Eager, Filler};
 pub use objects::{Objects, Rebuilt, memfd_name};
-pub use pages::write_pages;
+pub use pages::{Later, write_pages};
 pub use rebuild::{check, deleted_executables, finish, map_all, rebuild_objects};
+pub use snapshot::COPY_NAME;
 
 use std::path::PathBuf;
 

@@ -1,4 +1,5 @@
-//! Page data on its way into the image: the target itself writes it. [`fill`](super::fill) is the way back.
+//! Page data on its way into the image: the target itself writes it, or a copy of it ([`snapshot`](super::snapshot)).
+//! [`fill`](super::fill) is the way back.
 
 use std::collections::VecDeque;
 use std::io;
@@ -6,13 +7,14 @@ use std::io;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
+use crate::args;
 use crate::batch::{Arg, Batch, CallId, Slot, Sysno};
 use crate::dump::interruption;
 use crate::error::DumpError;
 use crate::image::Process;
 use crate::progress::Meter;
 use crate::resource::memory::objects::{Buffer, checksums, write_direct};
-use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source};
+use crate::resource::memory::{Mapping, Memory, NAME, Pages, Source, snapshot};
 use crate::store::{ImageWriter, PageExtent};
 use crate::target::{PAGE_SIZE, PageRun, PrivatePages, RemotePtr, Rseq, Target, TargetError};
 
@@ -75,36 +77,97 @@ pub(super) fn sums(replies: &crate::batch::Replies, slots: &[Slot]) -> Vec<u32> 
     words.map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
 }
 
-/// Has all targets write their private pages into the image, at the same time.
+/// Has all targets write their private pages into the image, at the same time: all that `may_wait` says nothing else of. It is
+/// asked about the pages of each process that a copy of it would have as well, by their number; what may wait has its place in
+/// the image all the same.
 pub fn write_pages(
     targets: &mut [Box<dyn Target>],
     processes: &mut [Process],
+    may_wait: &dyn Fn(u64) -> bool,
     store: &mut dyn ImageWriter,
     meter: &mut Meter<'_>,
-) -> Result<(), DumpError> {
+) -> Result<Later, DumpError> {
     let mut writings = Vec::with_capacity(targets.len());
-    let result = write_all(targets, processes, &mut writings, store, meter);
+    let result = write_all(targets, processes, may_wait, &mut writings, store, meter);
     if result.is_err() {
         // What was begun has a descriptor of ours until it is done.
-        for (target, running) in targets.iter_mut().zip(&writings).filter_map(|(t, w)| Some((t, w.running.as_ref()?))) {
-            let _ = target.finish(0, &running.batch);
+        for (target, writing) in targets.iter_mut().zip(&writings) {
+            writing.give_up(&mut **target);
         }
     }
     result
 }
 
+/// Pages that have their places in the image and are not written yet.
+pub struct Later {
+    /// Of each process.
+    loads: Vec<VecDeque<Load>>,
+}
+
+impl Later {
+    pub fn is_empty(&self) -> bool {
+        self.loads.iter().all(VecDeque::is_empty)
+    }
+
+    /// The pages of each process.
+    pub fn pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.loads.iter().map(|loads| loads.iter().map(|load| load.pages).sum())
+    }
+
+    /// Has them written, by a process or its copy for each that has some.
+    pub fn write<'a>(
+        self,
+        writers: impl Iterator<Item = Option<&'a mut dyn Target>>,
+        are_copies: bool,
+        store: &mut dyn ImageWriter,
+        meter: &mut Meter<'_>,
+    ) -> Result<(), DumpError> {
+        let (mut targets, mut writings) = (Vec::new(), Vec::new());
+        for (target, loads) in writers.zip(self.loads) {
+            if let (Some(target), false) = (target, loads.is_empty()) {
+                targets.push(target);
+                writings.push(Writing { loads, gives_back: are_copies, ..Writing::default() });
+            }
+        }
+        let mut all = || {
+            for (target, writing) in targets.iter_mut().zip(&mut writings) {
+                writing.start_next(*target, store)?;
+            }
+            finish_all(&mut targets, &mut writings, store, meter)
+        };
+        let result = all();
+        if result.is_err() {
+            for (target, writing) in targets.iter_mut().zip(&writings) {
+                writing.give_up(*target);
+            }
+        }
+        result
+    }
+}
+
 fn write_all(
     targets: &mut [Box<dyn Target>],
     processes: &mut [Process],
+    may_wait: &dyn Fn(u64) -> bool,
     writings: &mut Vec<Writing>,
     store: &mut dyn ImageWriter,
     meter: &mut Meter<'_>,
-) -> Result<(), DumpError> {
-    let mut by_us = Vec::new();
+) -> Result<Later, DumpError> {
+    let (mut by_us, mut later) = (Vec::new(), Vec::new());
     for (target, process) in targets.iter_mut().zip(&mut *processes) {
         let pages = find_pages(&mut **target, process)?;
-        let by_target = place(&mut process.memory, &pages.by_target, store)?;
-        writings.push(Writing { loads: loads(by_target.into_iter(), WRITE_PAGES).into(), running: None });
+        let mappings = &process.memory.mappings;
+        let is_copied = |(index, _): &(usize, PageRun)| snapshot::is_copied(&mappings[*index]);
+        let (copied, mut at_once): (Vec<_>, Vec<_>) = pages.by_target.iter().copied().partition(is_copied);
+        if may_wait(copied.iter().map(|(_, run)| run.pages).sum()) {
+            let places = place(&mut process.memory, &copied, store)?;
+            later.push(loads(places.into_iter(), WRITE_PAGES).into());
+        } else {
+            at_once = pages.by_target;
+            later.push(VecDeque::new());
+        }
+        let by_target = place(&mut process.memory, &at_once, store)?;
+        writings.push(Writing { loads: loads(by_target.into_iter(), WRITE_PAGES).into(), ..Writing::default() });
         writings.last_mut().expect("just pushed").start_next(&mut **target, store)?;
         by_us.push(pages.by_us);
         for (mapping, run) in pages.guards {
@@ -119,6 +182,19 @@ fn write_all(
     for mapping in processes.iter_mut().flat_map(|process| &mut process.memory.mappings) {
         mapping.pages.sort_unstable_by_key(|pages| pages.start);
     }
+    let mut all: Vec<&mut dyn Target> = targets.iter_mut().map(|target| &mut **target).collect();
+    finish_all(&mut all, writings, store, meter)?;
+    copy_pages(&mut all, &copies, store, meter)?;
+    Ok(Later { loads: later })
+}
+
+/// Writes on until nobody has anything left to write.
+fn finish_all(
+    targets: &mut [&mut dyn Target],
+    writings: &mut [Writing],
+    store: &mut dyn ImageWriter,
+    meter: &mut Meter<'_>,
+) -> Result<(), DumpError> {
     let mut busy: Vec<usize> = (0..writings.len()).collect();
     while !busy.is_empty() {
         let mut still = Vec::new();
@@ -134,7 +210,7 @@ fn write_all(
         }
         busy = still;
     }
-    write_by_us(targets, &copies, store, meter)
+    Ok(())
 }
 
 /// Private pages of a process, each run within one mapping: (index of the mapping, run).
@@ -221,9 +297,15 @@ fn place(memory: &mut Memory, runs: &[(usize, PageRun)], store: &mut dyn ImageWr
 }
 
 /// A target that writes its pages.
+#[derive(Default)]
 struct Writing {
     loads: VecDeque<Load>,
     running: Option<Running>,
+    /// It is done by a copy, which is there for nothing else: it gives back what it has written, so that the program does not
+    /// have to copy that any more when it writes to it.
+    gives_back: bool,
+    /// From where to where that is, of the load before.
+    written: Option<(u64, u64)>,
 }
 
 /// A load that is being written.
@@ -241,6 +323,10 @@ impl Writing {
         let failed = |source: TargetError| DumpError::Target { resource: NAME, pid, source };
         let mut batch = Batch::new();
         let file = target.receive_fd(&mut batch).map_err(failed)?;
+        if let Some((start, end)) = self.written.take() {
+            // Between the runs is nothing that is written later. Holes in between are passed over, and said to be there.
+            batch.try_call(Sysno::madvise, args![start, end - start, libc::MADV_DONTNEED]);
+        }
         let sums = load.checksums(&mut batch);
         let vectors = load.vectors(&mut batch);
         let (pieces, place) = (load.runs.len(), load.first * PAGE_SIZE);
@@ -257,7 +343,18 @@ impl Writing {
         let pid = target.pid();
         let replies = target.finish(0, &batch);
         let replies = replies.map_err(|source| DumpError::Target { resource: NAME, pid, source })?;
-        Ok(Some(Written { load, sums: sums(&replies, &slots), wrote: replies.result(wrote) }))
+        let wrote = replies.result(wrote);
+        if self.gives_back && wrote == Ok(load.bytes()) {
+            self.written = load.runs.first().zip(load.runs.last()).map(|(first, last)| (first.start, last.end()));
+        }
+        Ok(Some(Written { load, sums: sums(&replies, &slots), wrote }))
+    }
+
+    /// Waits for what is being written, after a failure.
+    fn give_up(&self, target: &mut dyn Target) {
+        if let Some(running) = &self.running {
+            let _ = target.finish(0, &running.batch);
+        }
     }
 }
 
@@ -299,20 +396,10 @@ fn saved_runs(load: &Load) -> Vec<(usize, Pages)> {
     runs
 }
 
-/// Copies pages by `/proc/PID/mem`, which reads whatever the protection is. Each comes with the index of its process.
-fn write_by_us(
-    targets: &mut [Box<dyn Target>],
-    runs: &[(usize, Pages)],
-    store: &mut dyn ImageWriter,
-    meter: &mut Meter<'_>,
-) -> Result<(), DumpError> {
-    let mut targets: Vec<&mut dyn Target> = targets.iter_mut().map(|target| &mut **target).collect();
-    copy_pages(&mut targets, runs, store, meter)
-}
-
 /// See [`Target::covered`].
 type Covered = Vec<(RemotePtr, Vec<u8>)>;
 
+/// Copies pages by `/proc/PID/mem`, which reads whatever the protection is. Each comes with the index of its process.
 fn copy_pages(
     targets: &mut [&mut dyn Target],
     runs: &[(usize, Pages)],

@@ -102,7 +102,7 @@ pub fn find(
         for index in from..end {
             let seen = &census.seen[index];
             let in_queue = seen.info.field("scm_fds").and_then(|count| count.parse().ok()).unwrap_or(0usize);
-            if in_queue == 0 || !seen.socket.is_some_and(|socket| socket.domain == libc::AF_UNIX) {
+            if in_queue == 0 || seen.socket.is_none_or(|socket| socket.domain != libc::AF_UNIX) {
                 continue;
             }
             let mut reader = Reader { targets: &mut *targets, held: &mut *held, seen, options: Options::default() };

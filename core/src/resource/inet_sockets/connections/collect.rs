@@ -76,7 +76,7 @@ pub(in super::super) fn with_ends<T>(
 fn ends(targets: &mut [Box<dyn Target>], census: &Census) -> Result<Ends, TargetError> {
     let mut ends = Ends::default();
     for (index, seen) in census.seen.iter().enumerate() {
-        if !seen.socket.is_some_and(|socket| socket.protocol == libc::IPPROTO_TCP) {
+        if seen.socket.is_none_or(|socket| socket.protocol != libc::IPPROTO_TCP) {
             continue;
         }
         let mut batch = Batch::new();
@@ -190,7 +190,7 @@ pub(super) fn inode_in(table: &str, local: Address, remote: Address) -> Option<u
 
 /// Whether a socket of this host has an address, other than in `TIME_WAIT`.
 pub(in super::super) fn is_in_use(address: SocketAddr) -> bool {
-    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"].map(|table| std::fs::read_to_string(table));
+    let tables = ["/proc/self/net/tcp", "/proc/self/net/tcp6"].map(std::fs::read_to_string);
     let is_it = |line: Line| line.state != TIME_WAIT && is_reached(line.local, plain(address));
     tables.iter().flatten().any(|table| table.lines().filter_map(line_of).any(is_it))
 }
