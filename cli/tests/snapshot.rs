@@ -61,7 +61,7 @@ impl Writer {
     }
 
     /// It goes on, and its memory is what it must be.
-    fn is_right(mut self) {
+    fn judge(mut self) {
         self.goes_on();
         fs::write(self.directory.join("end"), "").unwrap();
         assert!(end_of(&mut self.companion.0).success());
@@ -127,7 +127,7 @@ fn the_program_goes_on_while_it_is_saved() {
     running.wait().assert_done();
     assert_eq!(writer.copy(), None, "a copy is left");
     run(&mut ckpt(["check", workshop.image().to_str().unwrap()])).assert_done();
-    writer.is_right();
+    writer.judge();
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a_copy_that_is_killed() {
     running.wait().assert_error(FAILED, &["memory", &pid, "copy", "try again"]);
     workshop.assert_no_image();
     assert_eq!(writer.copy(), None);
-    writer.is_right();
+    writer.judge();
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn a_copy_whose_ckpt_is_killed() {
     kill(copy, libc::SIGCONT);
     wait_until("the copy ends", || writer.copy().is_none());
     assert!(!workshop.image().exists(), "half an image");
-    writer.is_right();
+    writer.judge();
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn a_dump_that_is_interrupted() {
     assert_ne!(outcome.code(), Some(DONE), "{outcome:#?}");
     assert_eq!(writer.copy(), None);
     workshop.assert_no_image();
-    writer.is_right();
+    writer.judge();
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn a_disk_that_fills_up_meanwhile() {
     running.wait().assert_error(FAILED, &["no space left"]);
     assert_eq!(names(&place), ["filler"], "left behind");
     assert_eq!(writer.copy(), None);
-    writer.is_right();
+    writer.judge();
     drop(filler);
     nix::mount::umount(&place).unwrap();
 }
@@ -209,12 +209,12 @@ fn who_inherits_orphans_is_not_given_one() {
     let writer = Writer::start(&workshop, inherits);
     let said = verbose(&writer, &workshop.image());
     assert!(said.contains(STANDS_STILL) && said.contains("inherits orphans"), "{said}");
-    writer.is_right();
+    writer.judge();
     let workshop = Workshop::new();
     let writer = Writer::start(&workshop, "");
     let said = verbose(&writer, &workshop.image());
     assert!(!said.contains(STANDS_STILL), "{said}");
-    writer.is_right();
+    writer.judge();
 }
 
 /// For an ordinary user: root may have as many processes as it likes.
@@ -230,7 +230,7 @@ fn a_user_who_may_have_no_more_processes() {
     let said = verbose(&writer, &workshop.image());
     assert!(said.contains(STANDS_STILL) && said.contains("cannot be copied"), "{said}");
     assert_eq!(writer.copy(), None);
-    writer.is_right();
+    writer.judge();
 }
 
 /// A user whom nobody is.
