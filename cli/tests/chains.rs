@@ -34,6 +34,8 @@ if child == 0:
         os.write(write, b"%d\n" % rounds)
     signal.signal(signal.SIGUSR1, count)
     os.write(write, b"0\n")
+    while signal.SIGUSR2 not in signal.sigpending():
+        time.sleep(0.01)
     info = signal.sigwaitinfo([signal.SIGUSR2])
     os._exit(rounds % 200 if info.si_pid == parent else 255)
 os.close(write)
