@@ -61,8 +61,8 @@ fn signals_are_passed_on() {
     let workshop = Workshop::new();
     let pid = dumped_script(
         &workshop,
-        "trap 'echo usr1 >>got' USR1; trap 'echo term >>got; exit 9' TERM",
-        "while :; do sleep 0.01; done",
+        "trap 'echo usr1 >>got' USR1; trap 'echo term >>got; kill $!; exit 9' TERM",
+        "sleep 1000 & while :; do wait $!; done",
     );
     let running = start(&mut stay(&workshop, &["--pidfile", "pid"]));
     let ckpt = Pid(running.child.id() as i32);
