@@ -61,6 +61,8 @@ fn capability() -> Capability {
             "overruns of a timer whose signal is pending",
             // Without kcmp they cannot be told apart.
             "several entries of an epoll under one closed number",
+            // Its agent's own descriptors may have the number that the entry is under.
+            "entries of an epoll for files that only a queue has",
             "what is left of a timeout, where the kernel does not tell",
             "deleted executables",
             // Its shim cannot map the region, and says no more than that it does not come.

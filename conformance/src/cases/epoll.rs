@@ -21,7 +21,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("epoll/shared", &["epoll", "eventfd"], shared),
         Case::new("epoll/nested", &["epoll", "eventfd"], nested),
         Case::new("epoll/waited-for", &["epoll", "eventfd"], waited_for),
-        Case::new("epoll/file-of-nobody", &["epoll"], file_of_nobody).refused_at_dump("it watches a file"),
+        Case::new("epoll/file-in-a-queue", &["epoll", "unix_sockets"], file_in_a_queue)
+            .needs(&["entries of an epoll for files that only a queue has"]),
     ]
 }
 
@@ -224,7 +225,7 @@ fn waited_for(checkpoint: &Checkpoint) -> Verdict {
 }
 
 /// The file that is watched is in the queue of a socket, and in no table.
-fn file_of_nobody(checkpoint: &Checkpoint) -> Verdict {
+fn file_in_a_queue(checkpoint: &Checkpoint) -> Verdict {
     let epoll = epoll()?;
     let (near, far) = UnixStream::pair().map_err(|error| error.to_string())?;
     let counter = eventfd(0, 0)?;
@@ -234,5 +235,5 @@ fn file_of_nobody(checkpoint: &Checkpoint) -> Verdict {
     checkpoint.wait()?;
     let counter = super::unix_sockets::receive(&far)?;
     write(&counter, 1)?;
-    equal("what nobody had open", vec![(1, libc::EPOLLIN)], ready(&epoll)?)
+    equal("what only a queue had", vec![(1, libc::EPOLLIN)], ready(&epoll)?)
 }

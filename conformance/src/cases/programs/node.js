@@ -36,7 +36,7 @@ if (!isMainThread) {
     child.send(0);
     const timer = setInterval(() => {
         turns.timer++;
-        if (turns.timer === 20) fs.writeFileSync('ready', '');
+        if (turns.timer >= 20 && turns.worker > 0 && turns.child > 0 && !fs.existsSync('ready')) fs.writeFileSync('ready', '');
         if (!fs.existsSync('go')) return;
         clearInterval(timer);
         const before = { ...turns };
