@@ -13,8 +13,8 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// `rt_tgsigqueueinfo(2)` with `SI_QUEUE`: a signal with a value for one thread of our own user's.
-pub fn queue_to_thread(pid: Pid, tid: Pid, signal: i32, value: u64) -> io::Result<()> {
+/// A `siginfo_t` of `SI_QUEUE` from us.
+fn info_of_queued(signal: i32, value: u64) -> [u32; 32] {
     // siginfo_t: signal, errno, code, padding, sender's pid and uid, value
     let mut info = [0u32; 32];
     info[0] = signal as u32;
@@ -24,20 +24,19 @@ pub fn queue_to_thread(pid: Pid, tid: Pid, signal: i32, value: u64) -> io::Resul
     info[5] = unsafe { libc::getuid() };
     info[6] = value as u32;
     info[7] = (value >> 32) as u32;
+    info
+}
+
+/// `rt_tgsigqueueinfo(2)` with `SI_QUEUE`: a signal with a value for one thread of our own user's.
+pub fn queue_to_thread(pid: Pid, tid: Pid, signal: i32, value: u64) -> io::Result<()> {
+    let info = info_of_queued(signal, value);
     // SAFETY: a siginfo of 128 bytes.
     check(unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid.0, tid.0, signal, info.as_ptr()) }).map(drop)
 }
 
 /// A signal with a value for a process (`SI_QUEUE`).
 pub fn queue(pidfd: BorrowedFd<'_>, signal: i32, value: u64) -> io::Result<()> {
-    let mut info = [0u32; 32];
-    info[0] = signal as u32;
-    info[2] = libc::SI_QUEUE as u32;
-    info[4] = std::process::id();
-    // SAFETY: no memory is passed.
-    info[5] = unsafe { libc::getuid() };
-    info[6] = value as u32;
-    info[7] = (value >> 32) as u32;
+    let info = info_of_queued(signal, value);
     let fd = pidfd.as_raw_fd();
     // SAFETY: a siginfo of 128 bytes.
     check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info.as_ptr(), 0) }).map(drop)

@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 
 use super::descriptors::{FdInfo, Seen};
-use crate::procfs::ProcDir;
+use crate::procfs::{self, ProcDir};
 use crate::target::{Pid, Target};
 
 /// What strangers hold of the tree's pipes and FIFOs.
@@ -42,9 +42,8 @@ impl Strangers {
     pub fn holders(&self, tree: &[Box<dyn Target>], files: &[Seen], link: &OsStr, access: Option<i32>) -> Vec<String> {
         let held = self.all.get_or_init(|| {
             let ours: HashSet<Pid> = tree.iter().map(|target| target.pid()).collect();
-            let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-            let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().map(Pid));
-            let strangers = pids.filter(|pid| pid.0 as u32 != std::process::id() && !ours.contains(pid));
+            let strangers =
+                procfs::all_pids().into_iter().filter(|pid| pid.0 as u32 != std::process::id() && !ours.contains(pid));
             look(strangers.filter_map(|pid| ProcDir::open(pid).ok()), files)
         });
         names(held, link, access)
