@@ -148,7 +148,7 @@ impl Report {
         }
     }
 
-    /// The matrix, every reason of a skip, and the numbers.
+    /// The matrix, every reason of a skip, every failure, and the numbers: who sees only the end sees what matters.
     pub fn text(&self) -> String {
         let mut ways: Vec<&str> = Vec::new();
         let mut rows: Vec<(&str, BTreeMap<&str, &Result>)> = Vec::new();
@@ -190,6 +190,10 @@ impl Report {
         }
         for idle in &self.idle {
             let _ = writeln!(text, "{idle}");
+        }
+        for result in self.results.iter().filter(|result| result.outcome == "failed") {
+            let reason = result.reason.as_deref().unwrap_or("").trim_end();
+            let _ = writeln!(text, "FAILED {} {}: {reason}", result.way, result.case);
         }
         let [passed, failed, skipped, cannot] =
             ["passed", "failed", "skipped", "cannot"].map(|outcome| self.count(outcome));
