@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
         .needs(&["deleted executables"]),
         Case::program("programs/gcc", RESOURCES, gcc::program()).restless().rounds(3),
         Case::program("programs/java", RESOURCES, script(java, &[("/usr/bin/java", "default-jre-headless")])),
+        Case::program("programs/mpi", RESOURCES, compiled::needing(|dir| MPI.command(dir), WITH_MPI)).rounds(3),
         Case::program(
             "programs/nginx",
             &["epoll", "eventfd", "files", "inet_sockets", "memory", "tasks", "unix_sockets"],
@@ -83,6 +84,16 @@ pub fn cases() -> Vec<Case> {
 }
 
 const OPENMP: Compiled = Compiled { flags: "-fopenmp", ..Compiled::new(include_str!("../compiled/openmp.c")) };
+
+const MPI: Compiled = Compiled {
+    flags: "$(mpicc --showme:compile) $(mpicc --showme:link)",
+    // Copies from process to process by process_vm_readv are what containers forbid.
+    by: "mpirun --allow-run-as-root --oversubscribe --bind-to none -np 2 --mca btl vader,self \
+         --mca btl_vader_single_copy_mechanism none",
+    ..Compiled::new(include_str!("../compiled/mpi.c"))
+};
+const WITH_MPI: &[(&str, &str)] =
+    &[compiled::GCC, ("/usr/bin/mpirun", "openmpi-bin"), ("/usr/bin/mpicc", "libopenmpi-dev")];
 
 fn script(command: fn(&Path) -> Command, needs: &'static [(&'static str, &'static str)]) -> Program {
     Program { command, needs, clients: None }
