@@ -48,7 +48,9 @@ pub struct Report {
 /// The exit code is 0 only if something was tried, nothing that was tried or required failed, and this host kept nothing
 /// from being tried (or `CKPT_ALLOW_SKIPS=1` accepts that).
 pub fn main(cases: &[Case], backends: &[&'static Backend], subject: &Path, files: Option<&Path>) -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // Most of a trial waits for time to go by.
+    arguments.test_threads.get_or_insert_with(|| 2 * std::thread::available_parallelism().map_or(1, usize::from));
     let required = Required::from_environment();
     let unknown = required.unknown(backends);
     if !unknown.is_empty() {

@@ -275,7 +275,9 @@ fn deleted(checkpoint: &Checkpoint) -> Verdict {
         OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).map_err(failed("open"))?;
     file.write_all(b"deleted content").map_err(failed("write"))?;
     file.set_permissions(fs::Permissions::from_mode(0o640)).map_err(failed("chmod"))?;
-    let mut reader = File::open(&path).map_err(failed("open"))?;
+    // As shm_open(3) opens: the flag stays visible, and can be had only by a name.
+    let mut reader =
+        OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path).map_err(failed("open"))?;
     reader.seek(SeekFrom::Start(8)).map_err(failed("seek"))?;
     fs::remove_file(&path).map_err(failed("unlink"))?;
     let before = file.metadata().map_err(failed("fstat"))?;

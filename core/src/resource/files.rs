@@ -20,7 +20,8 @@ use nix::unistd::{UnlinkatFlags, linkat};
 
 pub(crate) use deleted::attribute_names;
 pub use deleted::{
-    DeletedFile, DeletedFiles, DeletedId, ExtendedAttribute, check_deleted, guard_deleted, rebuild_deleted,
+    DeletedFile, DeletedFiles, DeletedId, ExtendedAttribute, RebuiltDeleted, check_deleted, guard_deleted,
+    rebuild_deleted,
 };
 
 use crate::args;
@@ -320,10 +321,14 @@ impl Resource for Files {
             }
             Place::Proc { path } => open(context, process, path.as_os_str(), flags, position, |_| None),
             Place::Deleted { id } => {
-                let deleted = &context.objects.deleted[id.0 as usize];
+                let deleted = &context.objects.deleted.files[id.0 as usize];
                 // What O_TMPFILE gave keeps that flag: only the file as it was made has it.
                 let as_made = context.file().flags & (libc::O_ACCMODE | TMPFILE_BIT) == libc::O_RDWR | TMPFILE_BIT;
-                let opened = if as_made { same(deleted, position) } else { reopen(deleted.as_fd(), flags, position) };
+                let opened = match context.objects.deleted.unfollowed.get(&context.id) {
+                    Some(opened) => same(opened, position),
+                    None if as_made => same(deleted, position),
+                    None => reopen(deleted.as_fd(), flags, position),
+                };
                 let file = opened.map_err(|errno| RestoreError::Io {
                     what: "a deleted file could not be opened again".into(),
                     source: errno.into(),
@@ -334,7 +339,7 @@ impl Resource for Files {
     }
 }
 
-/// The open file description of a deleted file that it was made by.
+/// The very open file description.
 fn same(file: &OwnedFd, position: i64) -> nix::Result<OwnedFd> {
     nix::unistd::lseek(file, position, nix::unistd::Whence::SeekSet)?;
     file.try_clone().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
@@ -348,8 +353,9 @@ fn open_by_former_name(path: &Path, former: &Path, identity: &Identity, flags: i
     if Identity::of(&nix::sys::stat::fstat(&there).ok()?).inode != identity.inode {
         return None;
     }
-    let named = named_for_a_moment(&parent, former.file_name()?, &there, OFlag::from_bits_retain(flags)).ok()??;
-    if position != 0 && flags & libc::O_PATH == 0 {
+    let flags = OFlag::from_bits_retain(flags);
+    let named = named_for_a_moment(&parent, former.file_name()?, &there, &[flags]).ok()??.pop()?;
+    if position != 0 && !flags.contains(OFlag::O_PATH) {
         nix::unistd::lseek(&named, position, nix::unistd::Whence::SeekSet).ok()?;
     }
     Some(named)
@@ -516,15 +522,21 @@ fn open_directory(path: &Path) -> nix::Result<OwnedFd> {
     nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
 }
 
-/// Opens a file by a name that it gets for this moment, so that links in `/proc` show that name as deleted. `None` if the
-/// name is in use: it is left alone.
-fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFlag) -> nix::Result<Option<OwnedFd>> {
+/// Opens a file, once with each of `flags`, by a name that it gets for this moment, so that links in `/proc` show that name
+/// as deleted. `None` if the name is in use: it is left alone.
+fn named_for_a_moment(
+    parent: &OwnedFd,
+    name: &OsStr,
+    file: &OwnedFd,
+    flags: &[OFlag],
+) -> nix::Result<Option<Vec<OwnedFd>>> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     if linkat(AT_FDCWD, link.as_str(), parent, name, AtFlags::AT_SYMLINK_FOLLOW).is_err() {
         return Ok(None);
     }
-    // Not with O_NOFOLLOW, which the file would keep among its flags.
-    let named = openat(parent, name, flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty());
+    // Not with O_NOFOLLOW where it is not asked for: the file would keep it among its flags.
+    let open = |&flags| openat(parent, name, flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK, Mode::empty());
+    let named: nix::Result<Vec<OwnedFd>> = flags.iter().map(open).collect();
     let ours = nix::sys::stat::fstat(file)?;
     let is_ours = |stat: FileStat| (ours.st_dev, ours.st_ino) == (stat.st_dev, stat.st_ino);
     // Somebody may have put another file there meanwhile: that one is not removed.
@@ -532,7 +544,12 @@ fn named_for_a_moment(parent: &OwnedFd, name: &OsStr, file: &OwnedFd, flags: OFl
         nix::unistd::unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)?;
     }
     let named = named?;
-    Ok(is_ours(nix::sys::stat::fstat(&named)?).then_some(named))
+    for opened in &named {
+        if !is_ours(nix::sys::stat::fstat(opened)?) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(named))
 }
 
 #[cfg(test)]

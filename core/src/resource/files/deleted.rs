@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::fs::File as StdFile;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::{io, iter};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
@@ -20,11 +20,14 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::UnlinkatFlags;
 use rustix::fs::{IFlags, XattrFlags};
 
-use super::{USE_ANOTHER_COPY, named_for_a_moment, nanoseconds, open_directory, without_deleted};
+use super::{
+    File, Place, USE_ANOTHER_COPY, named_for_a_moment, nanoseconds, open_directory, reopen_flags, without_deleted,
+};
 use crate::error::{DumpError, RestoreError};
 use crate::image::Image;
 use crate::procfs::ProcDir;
 use crate::resource::Check;
+use crate::resource::descriptors::{FileId, FileKind};
 use crate::store::{BlobId, ImageReader, ImageWriter};
 
 /// Index of a [`DeletedFile`] in [`Image::deleted_files`].
@@ -229,11 +232,20 @@ pub fn check_deleted(id: DeletedId, context: &mut Check<'_>) {
     }
 }
 
-/// Makes the deleted files of an image again: by [`DeletedId`], open for reading and writing.
-pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, RestoreError> {
+/// The deleted files of an image, made again.
+#[derive(Debug, Default)]
+pub struct RebuiltDeleted {
+    /// By [`DeletedId`], open for reading and writing.
+    pub files: Vec<OwnedFd>,
+    /// What was opened with `O_NOFOLLOW` (as by `shm_open`) has that among its flags, and only an opening by name gives it.
+    pub unfollowed: HashMap<FileId, OwnedFd>,
+}
+
+/// Makes the deleted files of an image again.
+pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<RebuiltDeleted, RestoreError> {
     let image: &Image = reader.image();
-    let mut rebuilt = Vec::with_capacity(image.deleted_files.len());
-    for deleted in &image.deleted_files {
+    let mut rebuilt = RebuiltDeleted::default();
+    for (id, deleted) in (0..).map(DeletedId).zip(&image.deleted_files) {
         let error = |source: Errno| failed(deleted, "it could not be made again", source.into());
         let directory = deleted.path.parent().unwrap_or(Path::new("/"));
         let parent = open_directory(directory).map_err(error)?;
@@ -242,23 +254,36 @@ pub fn rebuild_deleted(reader: &dyn ImageReader) -> Result<Vec<OwnedFd>, Restore
         if !deleted.linkable
             && let Some(name) = deleted.path.file_name()
         {
-            let named = named_for_a_moment(&parent, name, &file, OFlag::O_RDWR).map_err(error)?;
-            file = named.unwrap_or(file);
+            let unfollowed = unfollowed(image, id);
+            let flags = iter::once(OFlag::O_RDWR).chain(unfollowed.iter().map(|&(_, flags)| flags));
+            let named = named_for_a_moment(&parent, name, &file, &flags.collect::<Vec<_>>()).map_err(error)?;
+            let mut named = named.into_iter().flatten();
+            file = named.next().unwrap_or(file);
+            rebuilt.unfollowed.extend(unfollowed.into_iter().map(|(file, _)| file).zip(named));
         }
         set_owner_and_mode(deleted, file.as_fd()).map_err(error)?;
         // After those two: they take capabilities away and change an ACL.
         set_attributes(deleted, file.as_fd())?;
         set_inode_flags(deleted, file.as_fd(), !GUARDING_FLAGS)?;
         set_times(deleted, file.as_fd()).map_err(error)?;
-        rebuilt.push(file);
+        rebuilt.files.push(file);
     }
     Ok(rebuilt)
 }
 
+/// The open files of a deleted file that were opened with `O_NOFOLLOW`, with all their flags.
+fn unfollowed(image: &Image, id: DeletedId) -> Vec<(FileId, OFlag)> {
+    let is_of_it =
+        |kind: &FileKind| matches!(kind, FileKind::File(File { place: Place::Deleted { id: of }, .. }) if *of == id);
+    let files = (0..).map(FileId).zip(&image.files);
+    let files = files.filter(|(_, file)| file.flags & libc::O_NOFOLLOW != 0 && is_of_it(&file.kind));
+    files.map(|(file, open)| (file, OFlag::from_bits_retain(reopen_flags(open.flags)))).collect()
+}
+
 /// The last of the deleted files, once all that has them open or mapped is there: what keeps them from being opened for
 /// writing.
-pub fn guard_deleted(image: &Image, rebuilt: &[OwnedFd]) -> Result<(), RestoreError> {
-    for (deleted, file) in image.deleted_files.iter().zip(rebuilt) {
+pub fn guard_deleted(image: &Image, rebuilt: &RebuiltDeleted) -> Result<(), RestoreError> {
+    for (deleted, file) in image.deleted_files.iter().zip(&rebuilt.files) {
         if deleted.inode_flags & GUARDING_FLAGS != 0 {
             set_inode_flags(deleted, file.as_fd(), u32::MAX)?;
         }

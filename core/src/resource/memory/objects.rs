@@ -23,7 +23,7 @@ use crate::args;
 use crate::batch::{Batch, Sysno};
 use crate::error::{DumpError, RestoreError};
 use crate::progress::Meter;
-use crate::resource::files::{DeletedFiles, Located, attribute_names};
+use crate::resource::files::{DeletedFiles, Located, RebuiltDeleted, attribute_names};
 use crate::resource::memory::{Filler, NAME, Object, ObjectId, ObjectKind, Pages};
 use crate::resource::sysvipc;
 use crate::store::{ImageReader, ImageWriter, PageExtent};
@@ -65,8 +65,7 @@ struct Found {
 #[derive(Debug, Default)]
 pub struct Rebuilt {
     pub objects: Vec<OwnedFd>,
-    /// The deleted files, by [`DeletedId`](crate::resource::files::DeletedId), open for reading and writing.
-    pub deleted: Vec<OwnedFd>,
+    pub deleted: RebuiltDeleted,
     /// Which of the objects are System V segments, with their ids: these are attached and not mapped.
     pub segments: HashMap<ObjectId, i32>,
 }
@@ -341,7 +340,7 @@ pub(super) fn write_direct(store: &dyn ImageWriter, first: u64, bytes: &[u8]) ->
 pub(super) fn rebuild(
     targets: &mut [Box<dyn Target>],
     reader: &dyn ImageReader,
-    deleted: Vec<OwnedFd>,
+    deleted: RebuiltDeleted,
     filler: &dyn Filler,
 ) -> Result<Rebuilt, RestoreError> {
     let image = reader.image();

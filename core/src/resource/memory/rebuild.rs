@@ -14,7 +14,7 @@ use crate::error::RestoreError;
 use crate::host::kernel_is_at_least;
 use crate::image::Image;
 use crate::resource::Check;
-use crate::resource::files::{DeletedId, Expect, Identity, check_deleted, reopen};
+use crate::resource::files::{DeletedId, Expect, Identity, RebuiltDeleted, check_deleted, reopen};
 use crate::resource::memory::objects::{self, Rebuilt};
 use crate::resource::memory::{Filler, LockFuture, Mapping, Memory, NAME, Source};
 use crate::store::ImageReader;
@@ -48,12 +48,11 @@ pub fn check(memory: &Memory, context: &mut Check<'_>) {
 
 /// Makes the memory that several mappings or descriptors share, with its content where the filler does not bring that.
 ///
-/// `deleted` are the deleted files of the image, by [`DeletedId`](crate::resource::files::DeletedId); they go into what is
-/// returned.
+/// The deleted files of the image go into what is returned.
 pub fn rebuild_objects(
     targets: &mut [Box<dyn Target>],
     reader: &dyn ImageReader,
-    deleted: Vec<OwnedFd>,
+    deleted: RebuiltDeleted,
     filler: &mut dyn Filler,
 ) -> Result<Rebuilt, RestoreError> {
     let rebuilt = objects::rebuild(targets, reader, deleted, filler)?;
@@ -91,7 +90,7 @@ fn map_process(target: &mut dyn Target, memory: &Memory, rebuilt: &Rebuilt) -> R
     let pid = target.pid();
     let failed = |source: TargetError| RestoreError::Target { resource: NAME, pid, source };
     // Objects and deleted files that this process maps come in by descriptor.
-    let all: Vec<&OwnedFd> = rebuilt.objects.iter().chain(&rebuilt.deleted).collect();
+    let all: Vec<&OwnedFd> = rebuilt.objects.iter().chain(&rebuilt.deleted.files).collect();
     let used = |mapping| ours(mapping, rebuilt.objects.len());
     let mut used: Vec<usize> =
         memory.mappings.iter().filter(|mapping| segment(mapping, rebuilt).is_none()).filter_map(used).collect();
@@ -266,7 +265,7 @@ fn map_flags(mapping: &Mapping) -> i32 {
 pub fn deleted_executables(image: &Image, rebuilt: &Rebuilt) -> Result<HashMap<DeletedId, OwnedFd>, RestoreError> {
     let ids = image.processes.iter().filter_map(|process| process.memory.exe_deleted);
     let open = |id: DeletedId| {
-        let file = reopen(rebuilt.deleted[id.0 as usize].as_fd(), libc::O_RDONLY | libc::O_CLOEXEC, 0);
+        let file = reopen(rebuilt.deleted.files[id.0 as usize].as_fd(), libc::O_RDONLY | libc::O_CLOEXEC, 0);
         let failed = |source: Errno| RestoreError::Io {
             what: "a deleted executable could not be opened again".into(),
             source: source.into(),
