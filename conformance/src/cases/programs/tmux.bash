@@ -26,7 +26,10 @@ until_so test -S socket || fail "the server does not begin"
 tmux new-session -d -s work -x 71 -y 9 'exec /bin/bash --norc --noprofile -i' || fail "no session"
 tmux set-option -g history-limit 5000
 is_seen() { tmux capture-pane -p -t work | grep -qx "$1"; }
-tmux send-keys -t work 'PS1="> "; word=before; tty > before; cat' Enter
+# Nothing is typed ahead: a shell that begins or goes on to read may drop it.
+until_so is_seen 'bash-.*[#$]' || fail "no prompt"
+tmux send-keys -t work 'PS1="> "; word=before; tty > before; echo cat begins; cat' Enter
+until_so is_seen 'cat begins' || fail "the shell does nothing"
 tmux send-keys -t work 'typed to cat' Enter
 # What was typed, and what cat said: then nothing more comes.
 answers() { [ "$(tmux capture-pane -p -t work | grep -cx 'typed to cat')" = 2 ]; }
@@ -38,6 +41,7 @@ exec 9<> silence
 until [ -e go ]; do read -r -t 0.01 -u 9; done
 # The interrupt goes to what is in the foreground: to cat, and not to the shell.
 tmux send-keys -t work C-c
+until_so is_seen '>' || fail "the interrupt does nothing"
 tmux send-keys -t work 'tty > after; echo $word-and-after $COLUMNS' Enter
 until_so is_seen 'before-and-after 71' || fail "the shell says: $(tmux capture-pane -p -t work)"
 tmux send-keys -t work 'exec 2> end; exit 7' Enter
