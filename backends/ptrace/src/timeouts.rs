@@ -159,6 +159,8 @@ pub struct Sleeper {
     number: i64,
     args: [u64; 6],
     schedule: Schedule,
+    /// When that was so, by `CLOCK_MONOTONIC`.
+    looked: u64,
     cpu: usize,
     /// By `CLOCK_MONOTONIC`.
     interrupted: u64,
@@ -176,11 +178,13 @@ impl Sleeper {
             *arg = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
         }
         timeout_argument(number, &args)?;
-        let cpu = processor(tid)?;
         // Now, as it takes longer than all the rest.
-        clocks.distance(cpu)?;
+        clocks.distance(processor(tid)?)?;
         let schedule = Schedule::of(tid)?;
-        Some(Sleeper { number, args, schedule, cpu, interrupted: u64::MAX })
+        let looked = monotonic();
+        // It may have woken up meanwhile, and be asleep again on another one. If it sleeps from here on, this is the one.
+        let cpu = processor(tid)?;
+        Some(Sleeper { number, args, schedule, looked, cpu, interrupted: u64::MAX })
     }
 
     /// To be called right before it is interrupted.
@@ -213,7 +217,7 @@ impl Sleeper {
             return None;
         }
         let (_, most) = clocks.distance(self.cpu)?;
-        let asleep_since = u64::try_from(self.schedule.exec_start as i64 + most).ok()?;
+        let asleep_since = u64::try_from(self.schedule.exec_start as i64 + most).ok()?.min(self.looked);
         let slept = monotonic().saturating_sub(asleep_since);
         // The clocks of processors and the one of timeouts are not corrected alike: by a thousandth at most.
         asleep_since.checked_add(slept / 1000)?.checked_add(timeout)
