@@ -66,7 +66,7 @@ pub const LOADS: &[Load] = &[
     Load { name: "processes-100", kind: Kind::Processes(100), quick: true },
     Load { name: "descriptors-10000", kind: Kind::Descriptors(10_000), quick: true },
     Load { name: "mappings-5000", kind: Kind::Mappings(5_000), quick: true },
-    memory("memory-32m-random", 32 * MIB, Fill::Random, false, true),
+    memory("memory-10m-random", 10 * MIB, Fill::Random, false, true),
     memory("memory-256m-random", 256 * MIB, Fill::Random, false, true),
     memory("memory-256m-random-huge", 256 * MIB, Fill::Random, true, true),
     memory("memory-256m-text", 256 * MIB, Fill::Text, false, false),
