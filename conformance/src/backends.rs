@@ -14,7 +14,7 @@ use nix::unistd::{ForkResult, fork};
 // Once more with no sweep and nothing filled beforehand that need not be: every page comes by a fault.
 inventory::submit! {
     Backend {
-        name: "userfault-by-fault",
+        name: BY_FAULT,
         summary: "as userfault, but every page comes by a fault",
         capability: ckpt_userfault::capability,
         probe: ckpt_userfault::probe,
@@ -37,7 +37,14 @@ inventory::submit! {
     }
 }
 
+const BY_FAULT: &str = "userfault-by-fault";
 const FROM_SERVER: &str = "userfault-from-server";
+
+/// Whether a backend is one of the two above: another with other options.
+pub fn is_variant(backend: &Backend) -> bool {
+    [BY_FAULT, FROM_SERVER].contains(&backend.name)
+}
+
 /// The name of the process that serves the images of a trial, which is no part of its tree.
 pub const SERVER: &str = "ckpt-images";
 /// In the network namespace of the trial.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use ckpt_core::{Availability, Backend};
 
+use crate::backends;
 use crate::case::{Case, Root};
 use crate::trial::Way;
 
@@ -82,7 +83,7 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
                 cells.push(Cell { case: case.clone(), todo, way: Way::Snapshot(dumper.name) });
             }
             if needs_nothing(dumper) && case.refused_at_dump.is_none() {
-                let way = Way::Ordinary { backend: dumper.name, rounds: rounds(case) };
+                let way = Way::Ordinary { backend: dumper.name, rounds: rounds(case, dumper) };
                 let todo = match case.privileged {
                     Some(why) => Todo::Cannot(format!("{} as an ordinary user: {why}", dumper.name)),
                     None => match crate::ordinary::probe() {
@@ -96,13 +97,17 @@ pub fn generate(cases: &[Case], backends: &[&Backend], host: &Host) -> (Vec<Cell
                         (Todo::Try, Some(why)) => Todo::Cannot(format!("{} under other ids: {why}", dumper.name)),
                         _ => todo.clone(),
                     };
-                    let way = Way::Taken { backend: dumper.name, rounds: rounds(case) };
+                    let way = Way::Taken { backend: dumper.name, rounds: rounds(case, dumper) };
                     cells.push(Cell { case: case.clone(), todo, way });
                 }
                 cells.push(Cell { case: case.clone(), todo, way });
             }
             for restorer in backends.iter().filter(|backend| backend.restorer.is_some()) {
-                let way = Way::Restored { dumper: dumper.name, restorer: restorer.name, rounds: rounds(case) };
+                // A variant gets its pages from elsewhere; the images that it takes are the same, whoever dumped.
+                if backends::is_variant(restorer) && needs_nothing(dumper) {
+                    continue;
+                }
+                let way = Way::Restored { dumper: dumper.name, restorer: restorer.name, rounds: rounds(case, dumper) };
                 cells.push(Cell { case: case.clone(), todo: todo(case, dumper, Some(restorer), host), way });
             }
         }
@@ -115,10 +120,14 @@ fn needs_nothing(backend: &Backend) -> bool {
     backend.dumper.is_some() && backend.restorer.is_some() && (backend.capability)().privileges.is_empty()
 }
 
+/// Rounds of a case whose programs were started to be saved: there are more ways to restore them than to restore others.
+const ROUNDS_OF_STARTED: usize = 3;
+
 /// `CKPT_ROUNDS` asks for more rounds of every case that is restored.
-fn rounds(case: &Case) -> usize {
+fn rounds(case: &Case, dumper: &Backend) -> usize {
     let asked = std::env::var("CKPT_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1);
-    if case.refused_at_restore.is_some() { 1 } else { case.rounds.max(asked) }
+    let usual = if needs_nothing(dumper) { case.rounds.min(ROUNDS_OF_STARTED) } else { case.rounds };
+    if case.refused_at_restore.is_some() { 1 } else { usual.max(asked) }
 }
 
 fn todo(case: &Case, dumper: &Backend, restorer: Option<&Backend>, host: &Host) -> Todo {

@@ -183,12 +183,13 @@ unsafe extern "C" fn handle(signal: i32, info: *mut i32, context: *mut u64) {
 
 /// A signal that is not ours goes to who had it before.
 unsafe extern "C" fn pass_on(signal: i32, info: *mut i32, context: *mut u64) {
+    let generation = ids::generation();
     let others = if signal == SECOND_SIGNAL { LENT[BEFORE].load(Ordering::Relaxed) } else { others().handler };
     if others > 1 {
         // SAFETY: what was installed as a handler of this kind.
         unsafe {
             if others != ids::trampoline as *const () as u64 {
-                ids::translate_signal(info);
+                ids::translate_signal(info, generation);
             }
             let handler: Handler = core::mem::transmute(others);
             handler(signal, info, context);

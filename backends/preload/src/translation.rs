@@ -183,6 +183,8 @@ pub struct Stubs<'a> {
     pub used: usize,
     pub entry: u64,
     pub cloned: u64,
+    /// The address of [`Header::generation`].
+    pub generation: u64,
 }
 
 /// What became of the system calls of some code.
@@ -394,9 +396,11 @@ impl Stubs<'_> {
     /// jmp  entry                 which ends in `ret $128`
     /// ```
     ///
-    /// A clone is made by the stub itself: its child may have another stack, or the same.
+    /// A clone is made by the stub itself: its child may have another stack, or the same. The id that it gives is of the
+    /// generation that is in %rcx from the next instruction on (`mov generation(%rip), %rcx`): whoever is frozen in what
+    /// follows may go on in another one. What follows writes to the stack, which a fork has just made a page fault of.
     fn add(&mut self, number: Option<u32>, between: &[u8], back: u64) -> Option<u64> {
-        const MOST: usize = 40;
+        const MOST: usize = 48;
         if self.used + between.len() + MOST > self.room.len() {
             return None;
         }
@@ -409,6 +413,9 @@ impl Stubs<'_> {
         let clones = matches!(number, Some(CLONE | FORK | VFORK | CLONE3));
         if clones {
             self.put(&SYSCALL);
+            self.put(&[0x48, 0x8b, 0x0d]);
+            let distance = self.generation.wrapping_sub(self.address + self.used as u64 + 4) as i64;
+            self.put(&i32::try_from(distance).ok()?.to_le_bytes());
         }
         self.put(&[0x48, 0x8d, 0xa4, 0x24, 0x78, 0xff, 0xff, 0xff]);
         self.put(&[0xc7, 0x04, 0x24]);
@@ -467,7 +474,8 @@ mod tests {
     fn patched(code: &[u8]) -> (Vec<u8>, Vec<u8>, Patched) {
         let (mut code, mut room) = (code.to_vec(), vec![0; 256]);
         code.resize(code.len().max(64), 0xcc);
-        let mut stubs = Stubs { address: 0x2000, room: &mut room, used: 0, entry: 0x3000, cloned: 0x3100 };
+        let mut stubs =
+            Stubs { address: 0x2000, room: &mut room, used: 0, entry: 0x3000, cloned: 0x3100, generation: 0x3200 };
         let patched = patch(&mut code, 0x1000, &mut stubs);
         (code, room, patched)
     }
@@ -481,6 +489,10 @@ mod tests {
             (Patched { calls: 1, left: 0 }, &[0xe9, 0xfb, 0x0f, 0, 0, 0xeb, 0xf9, 0xc3][..])
         );
         assert_eq!(room[..5], [0xb8, 39, 0, 0, 0]);
+        // fork: the stub makes the call itself, and notes the generation (at 0x3200) before anything else.
+        let (_, room, found) = patched(&[0xb8, 57, 0, 0, 0, 0x0f, 0x05, 0xc3]);
+        assert_eq!((found.calls, &room[..10]), (1, &[0xb8, 57, 0, 0, 0, 0x0f, 0x05, 0x48, 0x8b, 0x0d][..]));
+        assert_eq!(room[10..14], (0x3200_u32 - 0x200e).to_le_bytes());
         // getuid; and two bytes that are part of something else
         for code in [&[0xb8, 102, 0, 0, 0, 0x0f, 0x05, 0xc3][..], &[0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x05, 0x90]] {
             assert_eq!(patched(code).2, Patched::default());
@@ -504,7 +516,8 @@ mod tests {
         let code = unsafe { std::slice::from_raw_parts(start as *const u8, (end - start) as usize) };
         let (mut code, mut room) = (code.to_vec(), vec![0; 32 * 1024]);
         let address = end + 4096;
-        let mut stubs = Stubs { address, room: &mut room, used: 0, entry: address, cloned: address };
+        let mut stubs =
+            Stubs { address, room: &mut room, used: 0, entry: address, cloned: address, generation: address };
         let found = patch(&mut code, start, &mut stubs);
         assert!(found.calls > 100, "{found:?}");
         assert!(found.left < 16, "{found:?}");

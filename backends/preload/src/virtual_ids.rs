@@ -151,6 +151,7 @@ impl Installation<'_> {
             used: 0,
             entry: self.get(offset_of!(Header, entry)),
             cloned: self.get(offset_of!(Header, cloned)),
+            generation: self.header + offset_of!(Header, generation) as u64,
         };
         let mut calls = 0;
         for mapping in &self.mappings {

@@ -20,11 +20,12 @@ fn signalfd(signals: &[i32], flags: i32) -> Result<File, String> {
     }
 }
 
-/// The next signal: `struct signalfd_siginfo` begins with its number.
-fn next(mut from: &File) -> Result<u32, ErrorKind> {
+/// The next signal, and who sent it: `struct signalfd_siginfo` has its number at 0, and `ssi_pid` at 12.
+fn next(mut from: &File) -> Result<(i32, i32), ErrorKind> {
     let mut info = [0; 128];
     from.read_exact(&mut info).map_err(|error| error.kind())?;
-    Ok(u32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
+    let word = |at: usize| i32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"));
+    Ok((word(0), word(12)))
 }
 
 fn mask(checkpoint: &Checkpoint) -> Result<(), String> {
@@ -33,17 +34,19 @@ fn mask(checkpoint: &Checkpoint) -> Result<(), String> {
     done("sigprocmask", unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &all, 0, 8) })?;
     let first = signalfd(&[libc::SIGUSR1], libc::SFD_NONBLOCK)?;
     let second = signalfd(&[libc::SIGUSR2, 63], libc::SFD_NONBLOCK | libc::SFD_CLOEXEC)?;
+    // SAFETY: takes no argument.
+    let ourselves = unsafe { libc::getpid() };
     // SAFETY: a blocked signal to ourselves.
-    done("kill", unsafe { libc::kill(libc::getpid(), libc::SIGUSR1) })?;
+    done("kill", unsafe { libc::kill(ourselves, libc::SIGUSR1) })?;
     checkpoint.wait()?;
     equal("a pending signal of the other", Err(ErrorKind::WouldBlock), next(&second))?;
-    equal("the signal that was pending", Ok(libc::SIGUSR1 as u32), next(&first))?;
+    equal("the signal that was pending", Ok((libc::SIGUSR1, ourselves)), next(&first))?;
     equal("no more", Err(ErrorKind::WouldBlock), next(&first))?;
     for signal in [63, libc::SIGUSR2] {
         // SAFETY: blocked signals to ourselves.
-        done("kill", unsafe { libc::kill(libc::getpid(), signal) })?;
+        done("kill", unsafe { libc::kill(ourselves, signal) })?;
         equal("a signal of the second, for the first", Err(ErrorKind::WouldBlock), next(&first))?;
-        equal("a signal of the second", Ok(signal as u32), next(&second))?;
+        equal("a signal of the second", Ok((signal, ourselves)), next(&second))?;
     }
     // SAFETY: takes no argument.
     equal("close-on-exec", libc::FD_CLOEXEC, unsafe { libc::fcntl(second.as_raw_fd(), libc::F_GETFD) })

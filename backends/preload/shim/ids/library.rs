@@ -112,6 +112,7 @@ unsafe fn stubs_of(header: &mut Header) -> Stubs<'static> {
         used: header.stubs_used as usize,
         entry: header.entry,
         cloned: header.cloned,
+        generation: (&raw const HEADER.generation) as u64,
     }
 }
 

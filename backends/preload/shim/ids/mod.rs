@@ -11,7 +11,7 @@
 //!
 //! Handlers of signals stand behind one of ours, which translates the sender and sends interrupted calls back likewise.
 
-use core::arch::global_asm;
+use core::arch::{global_asm, naked_asm};
 use core::mem::offset_of;
 use core::sync::atomic::{Ordering, compiler_fence};
 
@@ -175,6 +175,7 @@ global_asm!(
     "ids_vectors save",
     "mov rbx, rsp",
     "mov rdi, rax",
+    "mov rsi, rcx",
     "call {cloned}",
     "mov [rbx + {result}], rax",
     "jmp 3b",
@@ -230,13 +231,14 @@ fn table(generation: u64) -> Table<'static> {
     unsafe { Table::at((&raw const HEADER.tables[generation as usize % KEPT]).read_volatile() as *const u64) }
 }
 
-/// Puts a context that a signal has interrupted where no id is on its way: a call that is at the gate begins anew, and a
-/// clone that has just come back is translated.
+/// Puts a context that a signal has interrupted where no id is on its way: a call that is at the gate begins anew, a
+/// clone that has just come back is translated, and a handler that has not begun knows how old the id of its sender is.
 ///
 /// # Safety
 /// A ucontext of the kernel.
 pub unsafe fn settle(context: *mut u64) {
     const RAX: usize = 18;
+    const RCX: usize = 19;
     const RIP: usize = 21;
     let (gate, end) = (ids_gate as *const () as u64, ids_gate_end as *const () as u64);
     // SAFETY: as promised by the caller; the stubs are our own code, where two bytes precede what follows a call.
@@ -245,12 +247,17 @@ pub unsafe fn settle(context: *mut u64) {
         if (gate..end).contains(&rip) {
             *context.add(RIP) = ids_again as *const () as u64;
         }
+        // Most often so: the signal that freezes was sent while another was pending, and the kernel has made both frames.
+        if rip == trampoline as *const () as u64 {
+            *context.add(RCX) = generation();
+            *context.add(RIP) = arrived as *const () as u64;
+        }
         let stubs = (&raw const STUBS) as u64;
-        if rip.wrapping_sub(stubs + 2) < STUBS_SIZE as u64 - 40 && *context.add(RAX) as i64 > 0 {
-            // See `Stubs::add`: the place to return to is in the two instructions after the next.
+        if rip.wrapping_sub(stubs + 2) < STUBS_SIZE as u64 - 48 && *context.add(RAX) as i64 > 0 {
+            // See `Stubs::add`: the place to return to is in the two instructions after the next two.
             let code = rip as *const u8;
             if code.sub(2).cast::<[u8; 2]>().read() == [0x0f, 0x05] {
-                let (low, high) = (code.add(11).cast::<u32>(), code.add(19).cast::<u32>());
+                let (low, high) = (code.add(18).cast::<u32>(), code.add(26).cast::<u32>());
                 *context.add(RAX) = table(generation()).result(*context.add(RAX) as i32) as u64;
                 *context.add(RIP) = low.read_unaligned() as u64 | (high.read_unaligned() as u64) << 32;
             }
@@ -272,42 +279,58 @@ pub unsafe fn number_of(context: *const u64) -> Option<u64> {
     }
 }
 
+/// Whether a siginfo with this signal and code says who sent it.
+fn has_sender(signal: i32, code: i32) -> bool {
+    const SIGCHLD: i32 = 17;
+    // SI_USER, SI_QUEUE, SI_MESGQ, SI_TKILL, and what became of a child.
+    matches!(code, 0 | -1 | -3 | -6) || signal == SIGCHLD && (1..=6).contains(&code)
+}
+
 /// Who sent a signal, as the program knows him.
 ///
 /// # Safety
 /// A siginfo.
+#[inline(never)]
 pub unsafe fn translate_info(table: &Table<'_>, info: *mut i32, to_real: bool) {
     const CODE: usize = 2;
     const PID: usize = 4;
-    const SIGCHLD: i32 = 17;
     // SAFETY: as promised by the caller.
     unsafe {
-        let (signal, code) = (*info, *info.add(CODE));
-        // SI_USER, SI_QUEUE, SI_MESGQ, SI_TKILL, and what became of a child.
-        if matches!(code, 0 | -1 | -3 | -6) || signal == SIGCHLD && (1..=6).contains(&code) {
+        if has_sender(*info, *info.add(CODE)) {
             let pid = info.add(PID);
             *pid = if to_real { table.argument(*pid) } else { table.result(*pid) };
         }
     }
 }
 
-/// The same, for a signal that has just come.
+/// The same, for a signal that came in a generation.
 ///
 /// # Safety
 /// A siginfo of the kernel.
-pub unsafe fn translate_signal(info: *mut i32) {
-    let generation = generation();
+pub unsafe fn translate_signal(info: *mut i32, generation: u64) {
     if generation != 0 && !info.is_null() {
         // SAFETY: as promised by the caller.
         unsafe { translate_info(&table(generation), info, false) };
     }
 }
 
-/// Stands before every handler of the program.
+/// Stands before every handler of the program. With its first instruction it is known in which generation the signal came;
+/// who is frozen before that is taken there by [`settle`].
+#[unsafe(naked)]
 pub unsafe extern "C" fn trampoline(signal: i32, info: *mut i32, context: *mut u64) {
+    naked_asm!(
+        "mov rcx, qword ptr [rip + {header} + {generation}]",
+        "jmp {arrived}",
+        header = sym HEADER,
+        generation = const core::mem::offset_of!(Header, generation),
+        arrived = sym arrived,
+    )
+}
+
+unsafe extern "C" fn arrived(signal: i32, info: *mut i32, context: *mut u64, generation: u64) {
     // SAFETY: what the kernel passes to a handler; the program's own was noted when it was set.
     unsafe {
-        translate_signal(info);
+        translate_signal(info, generation);
         settle(context);
         let handler = (&raw const HEADER.handlers[signal as usize % 65]).read_volatile();
         if handler > 1 {
@@ -347,17 +370,24 @@ unsafe extern "C" fn after(frame: &mut Frame) {
 }
 
 /// Both sides of a clone: the maker learns the id, and what was made finds its own where the kernel wrote it.
-unsafe extern "C" fn cloned(result: i64) -> i64 {
+/// The result is of a generation.
+unsafe extern "C" fn cloned(result: i64, of: u64) -> i64 {
     const PR_GET_TID_ADDRESS: u64 = 40;
-    let table = table(generation());
     if result > 0 {
-        return table.result(result as i32) as i64;
+        return table(of).result(result as i32) as i64;
     }
     if result == 0 {
         // SAFETY: the place that the C library named for its id.
         unsafe {
-            let real = sys!(calls::GETTID, 0) as i32;
-            let id = table.result(real);
+            let (mut now, mut real);
+            loop {
+                now = generation();
+                real = sys!(calls::GETTID, 0) as i32;
+                if now == generation() {
+                    break;
+                }
+            }
+            let id = table(now).result(real);
             let mut place: *mut i32 = core::ptr::null_mut();
             if id != real
                 && sys!(calls::PRCTL, PR_GET_TID_ADDRESS, &raw mut place) == 0

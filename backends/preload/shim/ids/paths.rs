@@ -195,22 +195,28 @@ fn is_suspect(path: &[u8]) -> bool {
     }
 }
 
-/// Where a directory leads that a relative path begins in; nothing if that is not below `/proc`.
-fn begin(directory: i32) -> Option<Walk> {
-    let mut link = [0u8; 128];
+/// What the link in `/proc/self` says of a descriptor, or of the working directory.
+#[inline(never)]
+pub(super) fn link_of(fd: i32, link: &mut [u8; 128]) -> Option<&[u8]> {
     // SAFETY: a C string and a buffer of ours.
     let length = unsafe {
-        if directory == AT_FDCWD {
+        if fd == AT_FDCWD {
             sys!(calls::READLINK, c"/proc/self/cwd".as_ptr(), link.as_mut_ptr(), link.len())
         } else {
             let mut name = [0u8; 40];
             let mut text = Text::new(&mut name);
             text.bytes(b"/proc/self/fd/");
-            text.number(directory as u32);
+            text.number(fd as u32);
             sys!(calls::READLINK, name.as_ptr(), link.as_mut_ptr(), link.len())
         }
     };
-    let link = link.get(..usize::try_from(length).ok()?)?;
+    link.get(..usize::try_from(length).ok()?)
+}
+
+/// Where a directory leads that a relative path begins in; nothing if that is not below `/proc`.
+fn begin(directory: i32) -> Option<Walk> {
+    let mut link = [0u8; 128];
+    let link = link_of(directory, &mut link)?;
     if !link.starts_with(b"/proc") || link.len() > 5 && link[5] != b'/' {
         return None;
     }

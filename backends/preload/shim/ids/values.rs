@@ -1,6 +1,6 @@
 //! Ids in arguments, results and structures, call by call.
 
-use super::{BUFFER, Frame, HEADER, translate_info, trampoline};
+use super::{BUFFER, Frame, HEADER, has_sender, paths, translate_info, trampoline};
 use crate::calls;
 use crate::translation::Table;
 
@@ -25,8 +25,13 @@ const SCM_CREDENTIALS: u32 = 2;
 const PR_SET_PTRACER: u64 = 0x5961_6d61;
 const GETPID: u64 = 11;
 const IPC_STAT: u64 = 2;
+const MSG_STAT: u64 = 11;
+const MSG_STAT_ANY: u64 = 13;
+const SHM_STAT: u64 = 13;
+const SHM_STAT_ANY: u64 = 15;
 const SIGEV_THREAD_ID: u32 = 4;
 const SIGINFO_SIZE: usize = 128;
+const SIGNALFD_SIGINFO_SIZE: usize = 128;
 
 impl Frame {
     fn id(&mut self, table: &Table<'_>, n: usize) {
@@ -164,6 +169,8 @@ pub unsafe fn after(frame: &mut Frame, table: &Table<'_>) {
             39 | 186 | 110 | 111 | 112 | 121 | 124 | 61 | 218 | 56..=58 | 435 => {
                 frame.result = result(frame.result as i32) as i64;
             }
+            // read
+            0 => senders(args[0] as i32, args[1] as *mut u8, frame.result as usize, table),
             // waitid
             247 if args[2] != 0 => translate_info(table, args[2] as *mut i32, false),
             // rt_sigtimedwait
@@ -199,11 +206,11 @@ pub unsafe fn after(frame: &mut Frame, table: &Table<'_>) {
             }
             // semctl, msgctl, shmctl
             66 if args[2] == GETPID => frame.result = result(frame.result as i32) as i64,
-            71 if args[1] == IPC_STAT => {
+            71 if matches!(args[1], IPC_STAT | MSG_STAT | MSG_STAT_ANY) => {
                 change(place(args[2] as *mut u8, 96), result);
                 change(place(args[2] as *mut u8, 100), result);
             }
-            31 if args[1] == IPC_STAT => {
+            31 if matches!(args[1], IPC_STAT | SHM_STAT | SHM_STAT_ANY) => {
                 change(place(args[2] as *mut u8, 80), result);
                 change(place(args[2] as *mut u8, 84), result);
             }
@@ -223,6 +230,25 @@ pub unsafe fn failed(frame: &mut Frame) {
         unsafe { (&raw mut HEADER.handlers[frame.args[0] as usize]).write_volatile(frame.notes[1]) };
     }
     let _ = calls::EINTR;
+}
+
+/// `struct signalfd_siginfo`, if that is what was read: the signal at 0, the code at 8, the sender at 12.
+unsafe fn senders(fd: i32, buffer: *mut u8, length: usize, table: &Table<'_>) {
+    if length == 0 || !length.is_multiple_of(SIGNALFD_SIGINFO_SIZE) {
+        return;
+    }
+    if paths::link_of(fd, &mut [0; 128]) != Some(b"anon_inode:[signalfd]") {
+        return;
+    }
+    for n in 0..length / SIGNALFD_SIGINFO_SIZE {
+        // SAFETY: the kernel has written so many of them.
+        unsafe {
+            let info = buffer.add(n * SIGNALFD_SIGINFO_SIZE);
+            if has_sender(place::<i32>(info, 0).read_unaligned(), place::<i32>(info, 8).read_unaligned()) {
+                change(place(info, 12), |id| table.result(id));
+            }
+        }
+    }
 }
 
 /// `struct msghdr`: the control messages at word 4, their length at word 5.
