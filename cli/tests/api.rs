@@ -32,7 +32,7 @@ impl Lab {
         let workshop = Workshop::new();
         let lab = Lab { workshop, uid };
         fs::set_permissions(lab.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        fs::copy(CKPT, lab.path().join("ckpt")).unwrap();
+        copy_program(CKPT, &lab.path().join("ckpt"));
         for (language, file) in LANGUAGES.iter().zip(["ckpt.h", "ckpt.py"]) {
             let outcome = run(&mut ckpt(["api", language]));
             outcome.assert_done();

@@ -70,7 +70,7 @@ impl Home {
     fn new() -> Home {
         let home = Home(Workshop::new());
         fs::set_permissions(home.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        fs::copy(CKPT, home.path().join("ckpt")).unwrap();
+        copy_program(CKPT, &home.path().join("ckpt"));
         adopt_orphans();
         home
     }

@@ -224,7 +224,7 @@ fn an_ordinary_user_finds_his_jobs_and_saves_them_without_naming_the_backend() {
     let workshop = Workshop::new();
     fs::set_permissions(workshop.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let program = workshop.path().join("ckpt");
-    fs::copy(CKPT, &program).unwrap();
+    copy_program(CKPT, &program);
     let as_nobody = |arguments: &[&str]| {
         let mut command = Command::new(&program);
         command.args(arguments).current_dir(workshop.path()).env_clear().env("PATH", "/usr/bin:/bin");

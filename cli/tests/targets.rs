@@ -106,7 +106,7 @@ fn no_privilege_names_the_capability() {
     let subject = Subject::start(&workshop);
     // Where nobody may go: the build directory may be root's alone.
     let ckpt = workshop.path().join("ckpt");
-    fs::copy(CKPT, &ckpt).unwrap();
+    copy_program(CKPT, &ckpt);
     fs::set_permissions(workshop.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let images = workshop.image().parent().unwrap().to_path_buf();
     fs::set_permissions(&images, fs::Permissions::from_mode(0o777)).unwrap();
@@ -122,7 +122,7 @@ fn no_privilege_to_restore_names_the_capability() {
     let workshop = Workshop::new();
     let (subject, image) = dumped(&workshop);
     let ckpt = workshop.path().join("ckpt");
-    fs::copy(CKPT, &ckpt).unwrap();
+    copy_program(CKPT, &ckpt);
     for path in [workshop.path(), image.parent().unwrap(), &image] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }

@@ -47,6 +47,12 @@ pub fn run(command: &mut Command) -> Outcome {
     start(command).wait()
 }
 
+/// Copies a program, by a process of its own: what another test forks in the meantime would have ours open for writing, and
+/// the copy could not be started (ETXTBSY).
+pub fn copy_program(from: &str, to: &Path) {
+    run(Command::new("cp").arg(from).arg(to)).assert_done();
+}
+
 /// A command that is running.
 pub struct Running {
     pub child: Child,
