@@ -37,6 +37,11 @@ use crate::{Options, WorkingSetUse, lazy_mappings, lazy_objects};
 const STEP: u64 = 16;
 /// Pages announced ahead of the sweep: 8 MiB.
 const AHEAD: u64 = 2048;
+/// One request touches several missing pages, one soon after the other: for so long after a fault the sweep does nothing, unless
+/// so many faults have come since its last step. Measured (redis, 256 MiB, 2 processors, GETs of random keys while it loads):
+/// the 99th percentile of a GET falls from 1.5 ms to 0.2 ms, and all pages are there after 0.37 s instead of 0.23.
+const NEXT_FAULT: Duration = Duration::from_micros(40);
+const FAULTS_IN_A_ROW: u32 = 8;
 /// Until it is looked again whether pages of the working set have come from a server.
 const SOON: Duration = Duration::from_micros(50);
 /// Descriptors that the pager will hardly have open at a time: so many, and so many more for each process of the tree. The
@@ -135,6 +140,8 @@ fn serve(reader: &dyn ImageReader, options: &Options, control: RawFd, affinity: 
         deferred: Vec::new(),
         hot: VecDeque::new(),
         turn: 0,
+        last_fault: None,
+        faults_in_a_row: 0,
         stuck: false,
         released: None,
         members,
@@ -221,6 +228,9 @@ pub(crate) struct Pager<'a> {
     hot: VecDeque<(usize, u64, u64)>,
     /// The space that is swept.
     turn: usize,
+    last_fault: Option<Instant>,
+    /// Since the last step of the sweep.
+    faults_in_a_row: u32,
     /// The last step could do nothing, because an address space was being changed.
     stuck: bool,
     released: Option<Instant>,
@@ -274,10 +284,21 @@ impl Pager<'_> {
             if count == 0 && !busy {
                 self.bury();
             }
-            if self.may_sweep() {
+            if self.may_sweep() && !self.expects_a_fault() {
                 self.step()?;
             }
         }
+    }
+
+    /// Whether a thread whose fault was just answered will probably touch the next missing page in a moment, and would have to
+    /// wait for a step of the sweep.
+    fn expects_a_fault(&mut self) -> bool {
+        let is_recent = self.last_fault.is_some_and(|last| last.elapsed() < NEXT_FAULT);
+        let expects = is_recent && self.faults_in_a_row < FAULTS_IN_A_ROW;
+        if !expects {
+            self.faults_in_a_row = 0;
+        }
+        expects
     }
 
     fn may_sweep(&self) -> bool {
@@ -573,6 +594,8 @@ impl Pager<'_> {
                 } else if self.sweep {
                     self.hot.push_back((owner, window, window + step));
                 }
+                self.last_fault = Some(Instant::now());
+                self.faults_in_a_row += 1;
                 self.bring(owner, run, Reason::Fault)?
             }
             None => Outcome::Done,
