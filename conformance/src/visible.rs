@@ -83,7 +83,8 @@ impl Visible {
             } else if what.starts_with("descriptor ") {
                 // LINK at POSITION, flags FLAGS
                 let (link, rest) = how.rsplit_once(" at ")?;
-                (!link.starts_with("/proc/"))
+                // In brackets is why there is none: it was closed while we looked.
+                (!link.starts_with("/proc/") && !link.starts_with('('))
                     .then(|| Some(((pid, what), format!("{link}, {}", rest.split_once(", ")?.1))))?
             } else {
                 Some(((pid, what), how))

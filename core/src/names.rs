@@ -3,8 +3,12 @@
 //! In a tree with *virtual ids* the two differ. Resources know nothing of that: everything is collected in real ids, and
 //! the whole image is renamed before it is written; it is renamed again before anything is rebuilt.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
+
 use crate::image::{Image, Process, Task};
 use crate::resource::descriptors::{FileKind, OpenFile};
+use crate::resource::files::{File, Place};
 use crate::resource::locks::Kind;
 use crate::resource::terminals::Terminal;
 use crate::target::{Pid, SigInfo};
@@ -73,6 +77,7 @@ fn rename_file(file: &mut OpenFile, name: &dyn Fn(Pid) -> Pid) {
         owner.id = if owner.id < 0 { -id } else { id };
     }
     match &mut file.kind {
+        FileKind::File(File { place: Place::Proc { path }, .. }) => rename_proc_path(path, name),
         FileKind::Mqueue(open) => {
             let notification = open.queue.as_mut().and_then(|queue| queue.notification.as_mut());
             if let Some(notification) = notification {
@@ -98,6 +103,20 @@ fn rename_file(file: &mut OpenFile, name: &dyn Fn(Pid) -> Pid) {
     }
 }
 
+/// `/proc/PID` and `/proc/PID/task/TID`, and what is below.
+fn rename_proc_path(path: &mut PathBuf, name: &dyn Fn(Pid) -> Pid) {
+    let mut before = OsString::new();
+    let renamed = path.iter().enumerate().map(|(place, part)| {
+        let is_id = place == 2 || place == 4 && before == "task";
+        before = part.to_owned();
+        match part.to_str().and_then(|text| text.parse::<i32>().ok()) {
+            Some(id) if is_id => name(Pid(id)).to_string().into(),
+            _ => part.to_owned(),
+        }
+    });
+    *path = renamed.collect();
+}
+
 /// The sender of a signal: of `kill`, `sigqueue`, `tgkill` and message queues, and the child that SIGCHLD is about.
 fn rename_sender(info: &mut SigInfo, name: &dyn Fn(Pid) -> Pid) {
     let word = |at: usize| i32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
@@ -112,6 +131,23 @@ fn rename_sender(info: &mut SigInfo, name: &dyn Fn(Pid) -> Pid) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_below_proc_are_renamed() {
+        let rows = [
+            ("/proc/7/maps", "/proc/107/maps"),
+            ("/proc/7/task/8/stat", "/proc/107/task/108/stat"),
+            ("/proc/7", "/proc/107"),
+            ("/proc/7/fd/9", "/proc/107/fd/9"),
+            ("/proc/sys/kernel/7", "/proc/sys/kernel/7"),
+            ("/proc/loadavg", "/proc/loadavg"),
+        ];
+        for (before, after) in rows {
+            let mut path = PathBuf::from(before);
+            rename_proc_path(&mut path, &|id| Pid(id.0 + 100));
+            assert_eq!(path, PathBuf::from(after));
+        }
+    }
 
     #[test]
     fn senders_are_renamed_and_values_are_not() {

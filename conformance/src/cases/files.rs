@@ -20,7 +20,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("files/flags", &["files"], flags),
         Case::new("files/directory", &["files"], directory),
         Case::new("files/o-path", &["files"], o_path),
-        Case::new("files/proc", &["files"], proc),
+        Case::new("files/proc", &["files"], proc).real_ids("what was opened below /proc before tells real ids"),
         Case::new("files/name-says-deleted", &["files"], name_says_deleted),
         Case::new("files/other-name", &["files"], other_name),
         Case::new("files/deleted", &["files"], deleted),
@@ -228,6 +228,9 @@ fn proc(checkpoint: &Checkpoint) -> Verdict {
     equal("the offset", 5, own.stream_position().map_err(failed("seek"))?)?;
     own.rewind().map_err(failed("seek"))?;
     let status = read_text(&mut own)?;
+    // Not a stranger's, who has the id of old.
+    let name = fs::read_to_string("/proc/self/comm").map_err(failed("read"))?;
+    equal("the name in it", Some(format!("Name:\t{}", name.trim_end()).as_str()), status.lines().next())?;
     if !status.contains(&format!("\nPid:\t{}\n", std::process::id())) {
         return Err(format!("it is not about this process: {status}"));
     }
