@@ -13,6 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use ckpt_core::{PAGE_SIZE, Pid};
+use nix::errno::Errno;
 
 const UFFD_API: u64 = 0xaa;
 
@@ -32,6 +33,7 @@ const fn ioctl_number(direction: u64, number: u64, size: usize) -> libc::c_ulong
 
 const UFFDIO_API: libc::c_ulong = ioctl_number(3, 0x3f, size_of::<Api>());
 const UFFDIO_REGISTER: libc::c_ulong = ioctl_number(3, 0x00, size_of::<Register>());
+const UFFDIO_UNREGISTER: libc::c_ulong = ioctl_number(2, 0x01, size_of::<Range>());
 const UFFDIO_WAKE: libc::c_ulong = ioctl_number(2, 0x02, size_of::<Range>());
 const UFFDIO_COPY: libc::c_ulong = ioctl_number(3, 0x03, size_of::<Copy>());
 const UFFDIO_ZEROPAGE: libc::c_ulong = ioctl_number(3, 0x04, size_of::<ZeroPage>());
@@ -267,7 +269,21 @@ impl Userfault {
 
     /// Whether the address space is gone: the process has ended, or runs another program.
     pub fn is_gone(&self) -> bool {
-        self.probe() == Obstacle::Gone
+        match self.probe() {
+            Obstacle::Gone => true,
+            // Who is killed in the middle of a fork may leave it "being changed" for ever, and the kernel looks at that first.
+            // Where something is unregistered, it only looks whether the address space is there.
+            Obstacle::Changing => self.unregister_nothing() == Some(Errno::ENOMEM),
+            _ => false,
+        }
+    }
+
+    /// What the kernel says to unregistering a page where nothing is mapped.
+    fn unregister_nothing(&self) -> Option<Errno> {
+        let range = Range { start: nowhere(), len: PAGE_SIZE };
+        // SAFETY: the range is a live local, and nothing is mapped there.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_UNREGISTER, &range) };
+        Errno::result(result).err()
     }
 
     /// Asks to put a page where none can be put: [`Obstacle::Changing`] while the address space is being changed and an
