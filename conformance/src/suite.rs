@@ -50,7 +50,7 @@ pub struct Report {
 pub fn main(cases: &[Case], backends: &[&'static Backend], subject: &Path, files: Option<&Path>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Most of a trial waits for time to go by.
-    arguments.test_threads.get_or_insert_with(|| 2 * std::thread::available_parallelism().map_or(1, usize::from));
+    arguments.test_threads.get_or_insert_with(|| 1 + std::thread::available_parallelism().map_or(1, usize::from));
     let required = Required::from_environment();
     let unknown = required.unknown(backends);
     if !unknown.is_empty() {
