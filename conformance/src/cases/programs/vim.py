@@ -52,6 +52,8 @@ while not os.path.exists('go'):
 os.write(master, b'the end\x1b:put =&columns\r')
 quiet()
 fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack('HHHH', 20, COLUMNS + 8, 0, 0))
+# It draws all anew.
+screen(b'the end')
 quiet()
 os.write(master, b':put =&columns\r')
 quiet()
