@@ -96,11 +96,14 @@ fn failed(target: &SkeletonTarget, error: TraceError) -> RestoreError {
     }
 }
 
+/// They stop within microseconds, unless they have no processor.
+const STOPPED_WITHIN: Duration = Duration::from_secs(60);
+
 /// Waits until all threads of a process are stopped in their agents.
 fn stopped(target: &SkeletonTarget) -> Result<Vec<Tracee>, TraceError> {
     let mut tracees = Vec::new();
     for (&tid, context) in target.threads().iter().zip(&target.contexts) {
-        match tracee::wait(tid, Duration::from_secs(10))? {
+        match tracee::wait(tid, STOPPED_WITHIN)? {
             sys::Stop::Interrupted | sys::Stop::Group(_) => {}
             _ => return Err(TraceError::Ended(tid)),
         }

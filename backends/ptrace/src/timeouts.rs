@@ -3,8 +3,8 @@
 //! A call like `epoll_wait` that is interrupted says EINTR and nothing else; run again as it was, it would wait for its
 //! whole timeout. But the scheduler shows when a thread was put off its processor (`se.exec_start` in
 //! `/proc/PID/task/TID/sched`), and that of a thread asleep is when it fell asleep. What is read before the interruption is
-//! believed only if the thread demonstrably slept on until it was interrupted, and every doubt makes the time that is
-//! left longer, never shorter.
+//! believed only if the thread slept on until it was interrupted, as far as the clocks of processors can tell, and every
+//! doubt makes the time that is left longer, never shorter.
 //!
 //! The call is run again with another argument, and that in a register that the program could look at afterwards: in the
 //! x86-64 ABI all registers of arguments are lost in a call, but a program may make its system calls inline. So it is done
@@ -212,8 +212,13 @@ impl Sleeper {
         let ran = now.exec_start.checked_sub(now.ran.checked_sub(self.schedule.ran)?)?;
         let woke = ran.checked_sub(now.waited.checked_sub(self.schedule.waited)?)?;
         let began = if now.involuntary == self.schedule.involuntary { ran } else { woke };
-        let (least, _) = clocks.distance(processor(tid)?)?;
-        if (began as i64 + least) < i64::try_from(self.interrupted).ok()? {
+        let cpu = processor(tid)?;
+        let (least, _) = clocks.distance(cpu)?;
+        let interrupted = i64::try_from(self.interrupted).ok()?;
+        // The clock of a processor stands still while the host has taken it, so that what was measured before may put `began`
+        // too early. What is measured now bounds it. A call that was made between the two, and not slept in, is not told
+        // apart; it would be a call with the same arguments, made within microseconds of a wake-up just before ours.
+        if (began as i64 + least) < interrupted && (began as i64 + measure(cpu)?.1) < interrupted {
             return None;
         }
         let (_, most) = clocks.distance(self.cpu)?;
