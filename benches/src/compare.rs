@@ -1,8 +1,8 @@
-//! Two runs: what became slower or larger, faster or smaller.
+//! Two runs: what became slower or larger, faster or smaller, as far as their intervals do not meet.
 
 use crate::record::{Record, Row};
 use crate::report::number;
-use crate::statistics::{Estimate, unpaired_ratio};
+use crate::statistics::Summary;
 
 /// Changes that are smaller are not told, however sure they are: two runs of the same thing differ by as much.
 const LEAST: f64 = 0.05;
@@ -30,12 +30,14 @@ pub fn text(before: &Record, after: &Record) -> String {
         }
         for (name, measure) in &row.measures {
             let Some(other) = old.measures.get(name) else { continue };
-            let Some(ratio) = unpaired_ratio(&measure.samples, &other.samples) else { continue };
-            let line = line(row, name, other.summary.median, measure.summary.median, measure.unit.name(), ratio);
-            if ratio.low > 1.0 && ratio.value > 1.0 + LEAST {
-                worse.push((ratio.value, line));
-            } else if ratio.high < 1.0 && ratio.value < 1.0 / (1.0 + LEAST) {
-                better.push((ratio.value, line));
+            let summaries = Summary::of(&other.samples).zip(Summary::of(&measure.samples));
+            let Some((before, after)) = summaries else { continue };
+            let ratio = after.median / before.median;
+            let line = || line(row, name, &before, &after, measure.unit.name());
+            if after.low > before.high && after.median > before.median * (1.0 + LEAST) {
+                worse.push((ratio, line()));
+            } else if after.high < before.low && after.median * (1.0 + LEAST) < before.median {
+                better.push((ratio, line()));
             } else {
                 same += 1;
             }
@@ -52,19 +54,19 @@ pub fn text(before: &Record, after: &Record) -> String {
         text += &format!("\n{title}: {}\n", lines.len());
         text.extend(lines.iter().map(|(_, line)| line.as_str()));
     }
-    text + &format!("\nwithin their intervals, or less than {:.0} %: {same}\n", LEAST * 100.0)
+    text + &format!("\nintervals that meet, or less than {:.0} % apart: {same}\n", LEAST * 100.0)
 }
 
-fn line(row: &Row, measure: &str, before: f64, after: f64, unit: &str, ratio: Estimate) -> String {
+fn line(row: &Row, measure: &str, before: &Summary, after: &Summary, unit: &str) -> String {
+    let shown =
+        |summary: &Summary| format!("{} [{}, {}]", number(summary.median), number(summary.low), number(summary.high));
     format!(
-        "  {:<26} {:<10} {:<16} {:>8} -> {:>8} {unit:<5} {}x [{}, {}]\n",
+        "  {:<26} {:<10} {:<16} {:>22} -> {:>22} {unit:<5} {}x\n",
         row.workload,
         row.tool,
         measure,
-        number(before),
-        number(after),
-        number(ratio.value),
-        number(ratio.low),
-        number(ratio.high)
+        shown(before),
+        shown(after),
+        number(after.median / before.median),
     )
 }

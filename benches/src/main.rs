@@ -1,7 +1,7 @@
 //! Ways to checkpoint, side by side: what ckpt's backends and their peers take for the same work, in one run, in turn.
 //!
 //! ```text
-//! arguments -> tools that are here -> measures, each in rounds over all tools -> record -> terminal, JSON, HTML
+//! arguments -> tools that are here -> comparisons, each in rounds over all tools -> record -> terminal, JSON, HTML
 //! ```
 
 mod arguments;
@@ -24,8 +24,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use clap::Parser;
 
 use arguments::{Arguments, Run, Verb};
-use measures::{Bench, cycle, lazy, null, overhead};
-use record::{Record, Settings, Skipped, ToolFacts};
+use measures::{Bench, Comparison, Limits, cycle, lazy, null, overhead};
+use record::{Ratio, Record, Row, Settings, Skipped, ToolFacts};
 use tools::Found;
 
 fn main() -> ExitCode {
@@ -95,15 +95,11 @@ fn measure(run: &Run) -> Result<bool, String> {
         }
     }
     print(&report::terminal::tools(&facts));
-    let mut bench = Bench {
+    let bench = Bench {
         tools: present,
         images: temporary.path().to_path_buf(),
-        rounds: run.rounds(),
-        within: run.time_box(),
+        limits: Limits { rounds: run.rounds(), within: run.time_box(), at_once: 1 },
         timeout: run.timeout,
-        rows: Vec::new(),
-        ratios: Vec::new(),
-        skipped: Vec::new(),
     };
     let mut record = Record {
         format: record::FORMAT.into(),
@@ -129,12 +125,9 @@ fn measure(run: &Run) -> Result<bool, String> {
             print(&report::terminal::null(&null));
             record.null = Some(null);
         }
-        Err(why) => bench.skipped.push(Skipped { what: "null measurement".into(), why }),
+        Err(why) => record.skipped.push(Skipped { what: "null measurement".into(), why }),
     }
-    run_all(run, &mut bench);
-    record.rows = bench.rows;
-    record.ratios = bench.ratios;
-    record.skipped = bench.skipped;
+    run_all(run, &bench, &mut record);
     record.took = begun.elapsed().as_secs_f64();
 
     let (json, html) = (out.join("bench.json"), out.join("report.html"));
@@ -145,29 +138,60 @@ fn measure(run: &Run) -> Result<bool, String> {
     Ok(record.is_good())
 }
 
-/// Everything that was asked for, and what came of it as soon as it is there.
-fn run_all(run: &Run, bench: &mut Bench) {
-    let step = |bench: &mut Bench, name: &str, work: &dyn Fn(&mut Bench)| {
-        let (rows, skipped) = (bench.rows.len(), bench.skipped.len());
-        eprintln!("ckpt-bench: {name}");
-        work(bench);
-        print(&report::terminal::rows(&bench.rows[rows..], &bench.ratios));
-        print(&report::terminal::skipped(&bench.skipped[skipped..]));
-    };
-    for program in programs::all().iter().filter(|program| run.wants(program.name(), program.quick())) {
-        if bench.tools.is_empty() {
-            bench.skipped.push(Skipped { what: program.name().into(), why: "there is no tool to run it with".into() });
-            continue;
-        }
-        step(bench, program.name(), &|bench| cycle::measure(bench, &**program));
+/// Everything that was asked for, pass after pass, and what came of it as soon as it is there.
+fn run_all(run: &Run, bench: &Bench, record: &mut Record) {
+    let programs = programs::all();
+    let mut comparisons = Vec::new();
+    for program in programs.iter().filter(|program| run.wants(program.name(), program.quick())) {
+        let begin = || cycle::comparison(bench, &**program).map(|comparison| vec![comparison]);
+        comparisons.extend(warm_up(program.name(), begin, record));
     }
     for workload in lazy::WORKLOADS.iter().filter(|workload| run.wants(workload.name, workload.quick)) {
-        step(bench, workload.name, &|bench| lazy::measure(bench, workload));
+        comparisons.extend(warm_up(workload.name, || lazy::comparisons(bench, workload), record));
     }
     for workload in overhead::WORKLOADS.iter().filter(|workload| run.wants(workload.name, true)) {
-        let work = if workload.name == "overhead-calls" { overhead::measure_calls } else { overhead::measure_programs };
-        step(bench, workload.name, &work);
+        comparisons.extend(warm_up(workload.name, || Ok(workload.comparisons(bench)), record));
     }
+    let mut under_way: Vec<Option<Comparison<'_>>> = comparisons.into_iter().map(Some).collect();
+    let mut found: Vec<(Vec<Row>, Vec<Ratio>)> = under_way.iter().map(|_| Default::default()).collect();
+    let mut pass = 0;
+    while under_way.iter().any(Option::is_some) {
+        pass += 1;
+        for (place, found) in under_way.iter_mut().zip(&mut found) {
+            let Some(comparison) = place else { continue };
+            if !comparison.is_done() {
+                eprintln!("ckpt-bench: pass {pass}: {}", comparison.subject.workload);
+                comparison.pass();
+            }
+            if comparison.is_done() {
+                *found = comparison.found();
+                print(&report::terminal::rows(&found.0, &found.1));
+                // Its images go with it.
+                *place = None;
+            }
+        }
+    }
+    for (rows, ratios) in found {
+        record.rows.extend(rows);
+        record.ratios.extend(ratios);
+    }
+}
+
+/// Begins comparisons, and has each run once. Where it cannot be, that is noted.
+fn warm_up<'a>(
+    name: &str,
+    begin: impl FnOnce() -> Result<Vec<Comparison<'a>>, String>,
+    record: &mut Record,
+) -> Vec<Comparison<'a>> {
+    eprintln!("ckpt-bench: warming up: {name}");
+    let mut begun = begin().unwrap_or_else(|why| {
+        let skipped = Skipped { what: name.into(), why };
+        print(&report::terminal::skipped(std::slice::from_ref(&skipped)));
+        record.skipped.push(skipped);
+        Vec::new()
+    });
+    begun.iter_mut().for_each(Comparison::pass);
+    begun
 }
 
 /// Builds the ckpt of this source, where cargo runs us; else takes the one beside us.

@@ -4,36 +4,31 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use super::{Bench, Samples, Turn, ratios, row, take_turns};
+use super::{Bench, Comparison, Samples, Subject, Turn};
 use crate::command::{self, Failure, Taken};
 use crate::programs::{Program, Session, Stamping};
-use crate::record::{Group, Skipped, Unit, refusal};
+use crate::record::{Group, Unit, refusal};
 use crate::tools::Tool;
 
-/// Runs one workload with all tools.
-pub fn measure(bench: &mut Bench, program: &dyn Program) {
-    let skipped = program.absent().or_else(|| no_room(&bench.images, program.size()));
-    if let Some(why) = skipped {
-        bench.skipped.push(Skipped { what: program.name().into(), why });
-        return;
+/// One workload with all tools; or why it cannot be run.
+pub fn comparison<'a>(bench: &'a Bench, program: &'a dyn Program) -> Result<Comparison<'a>, String> {
+    if bench.tools.is_empty() {
+        return Err("there is no tool to run it with".into());
     }
-    let (images, timeout) = (&bench.images, bench.timeout);
-    let mut turns: Vec<Turn<'_>> = Vec::new();
-    for tool in &bench.tools {
-        turns.push((tool.name().into(), Box::new(|| round(&**tool, program, images, timeout))));
+    if let Some(why) = program.absent().or_else(|| no_room(&bench.images, program.size(), 1)) {
+        return Err(why);
     }
-    let results = take_turns(bench.rounds, bench.within, &mut turns);
-    let name = program.name();
-    let rows =
-        turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Cycle, name, tool, program.size(), result));
-    let rows: Vec<_> = rows.collect();
-    drop(turns);
-    bench.ratios.extend(ratios(&rows, "ptrace"));
-    bench.rows.extend(rows);
+    let turn = |tool: &'a dyn Tool| -> Turn<'a> {
+        (tool.name().into(), Box::new(move || round(tool, program, &bench.images, bench.timeout)))
+    };
+    let turns = bench.tools.iter().map(|tool| turn(&**tool)).collect();
+    let (workload, size) = (program.name().into(), program.size());
+    let subject = Subject { group: Group::Cycle, workload, size, baseline: "ptrace" };
+    Ok(Comparison::new(subject, bench.limits, turns))
 }
 
-/// Why memory of this size cannot be had, or its image not be written. The images of one program are there one at a time.
-fn no_room(images: &Path, size: u64) -> Option<String> {
+/// Why memory of this size cannot be had, or so many images of it not be written.
+pub fn no_room(images: &Path, size: u64, count: u64) -> Option<String> {
     const SPARE: u64 = 512 << 20;
     let statvfs = match nix::sys::statvfs::statvfs(images) {
         Ok(statvfs) => statvfs,
@@ -41,8 +36,8 @@ fn no_room(images: &Path, size: u64) -> Option<String> {
     };
     let mebibytes = |bytes: u64| bytes >> 20;
     let free = statvfs.blocks_available() as u64 * statvfs.fragment_size() as u64;
-    if size > 0 && free < size + SPARE {
-        let (free, needed) = (mebibytes(free), mebibytes(size + SPARE));
+    if size > 0 && free < count * size + SPARE {
+        let (free, needed) = (mebibytes(free), mebibytes(count * size + SPARE));
         return Some(format!(
             "{} has {free} MiB free, {needed} are needed; choose another with --images",
             images.display()

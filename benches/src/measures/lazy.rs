@@ -5,15 +5,18 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use super::cycle::{gone, run, settle};
-use super::{Bench, Samples, Turn, ratios, row, take_turns, working_set};
+use tempfile::TempDir;
+
+use super::cycle::{gone, no_room, run, settle};
+use super::{Bench, Comparison, Samples, Subject, Turn, working_set};
 use crate::command;
 use crate::programs::redis::{Address, Connection, Redis};
 use crate::programs::{Program, http};
-use crate::record::{Group, Skipped, Unit};
+use crate::record::{Group, Unit};
 use crate::statistics::quantile;
 use crate::tools::{Lazily, Tool};
 
@@ -45,68 +48,69 @@ struct Way<'a> {
     lazily: Option<Lazily>,
     image: PathBuf,
     address: Address,
+    keys: usize,
+    /// Where the images of all are; they go with the last way.
+    _place: Arc<TempDir>,
 }
 
-pub fn measure(bench: &mut Bench, workload: &Workload) {
+/// Saves a redis with each tool; gives the comparison of the restores, and that with and without a working set. Or says why
+/// there is none.
+pub fn comparisons<'a>(bench: &'a Bench, workload: &Workload) -> Result<Vec<Comparison<'a>>, String> {
     let redis = Redis { name: workload.name, by_unix_socket: true, keys: workload.keys, quick: workload.quick };
-    if let Some(why) = redis.absent() {
-        bench.skipped.push(Skipped { what: workload.name.into(), why });
-        return;
+    let tools: Vec<&dyn Tool> = bench.tools.iter().map(|tool| &**tool).collect();
+    let tools: Vec<_> =
+        tools.into_iter().filter(|tool| matches!(tool.name(), "ptrace" | "userfault" | "criu")).collect();
+    if !tools.iter().any(|tool| tool.lazily().is_some()) {
+        return Err("none of the tools restores lazily".into());
     }
-    if !bench.tools.iter().any(|tool| tool.lazily().is_some()) {
-        let why = "none of the tools restores lazily".into();
-        bench.skipped.push(Skipped { what: workload.name.into(), why });
-        return;
+    // One more to record what is asked for.
+    let images = tools.len() as u64 + 1;
+    if let Some(why) = redis.absent().or_else(|| no_room(&bench.images, workload.bytes(), images)) {
+        return Err(why);
     }
-    let result = tempfile::tempdir_in(&bench.images).map_err(|error| format!("{}: {error}", bench.images.display()));
-    match result.and_then(|place| measure_in(bench, workload, &redis, place.path())) {
-        Ok(()) => {}
-        Err(why) => bench.skipped.push(Skipped { what: workload.name.into(), why }),
-    }
-}
-
-fn measure_in(bench: &mut Bench, workload: &Workload, redis: &Redis, place: &Path) -> Result<(), String> {
-    let (timeout, name, keys) = (bench.timeout, workload.name, workload.keys);
-    let mut rows = Vec::new();
-    let mut ways: Vec<Way<'_>> = Vec::new();
-    for tool in bench.tools.iter().filter(|tool| matches!(tool.name(), "ptrace" | "userfault" | "criu")) {
-        let place = place.join(tool.name());
-        match save(&**tool, redis, &place, timeout) {
-            Ok(address) => {
-                let image = place.join("image");
-                // CRIU restores both ways, from the same image.
-                if tool.name() != "userfault" {
-                    ways.push(Way { tool: &**tool, lazily: None, image: image.clone(), address: address.clone() });
-                }
-                if let Some(lazily) = tool.lazily() {
-                    ways.push(Way { tool: &**tool, lazily: Some(lazily), image, address });
-                }
-            }
+    let place = tempfile::tempdir_in(&bench.images).map_err(|error| format!("{}: {error}", bench.images.display()))?;
+    let (place, timeout) = (Arc::new(place), bench.timeout);
+    let (mut turns, mut again): (Vec<Turn<'a>>, _) = (Vec::new(), None);
+    for tool in tools {
+        let at = place.path().join(tool.name());
+        let address = match save(tool, &redis, &at, timeout) {
+            Ok(address) => address,
             Err(failure) => {
-                let tool = tool.lazily().map_or(tool.name(), |lazily| lazily.name);
-                rows.push(row(Group::Lazy, name, tool, workload.bytes(), &Err(failure)));
+                let name = tool.lazily().map_or(tool.name(), |lazily| lazily.name);
+                turns.push((name.into(), Box::new(move || Err(failure.clone()))));
+                continue;
             }
+        };
+        let mut restore = |name: &str, lazily: Option<Lazily>| {
+            let (image, address, _place) = (at.join("image"), address.clone(), place.clone());
+            let way = Way { tool, lazily, image, address, keys: workload.keys, _place };
+            turns.push((name.into(), Box::new(move || round(&way, timeout))));
+        };
+        // CRIU restores both ways, from the same image.
+        if tool.name() != "userfault" {
+            restore(tool.name(), None);
+        }
+        if let Some(lazily) = tool.lazily() {
+            restore(lazily.name, Some(lazily));
+        }
+        if tool.name() == "userfault" {
+            again = Some(working_set::Saved { tool, image: at.join("image"), address, keys: workload.keys });
         }
     }
-    let mut turns: Vec<Turn<'_>> = Vec::new();
-    for way in &ways {
-        let tool = way.lazily.as_ref().map_or(way.tool.name(), |lazily| lazily.name);
-        turns.push((tool.into(), Box::new(move || round(way, keys, timeout))));
+    let size = workload.bytes();
+    let subject = Subject { group: Group::Lazy, workload: workload.name.into(), size, baseline: "userfault" };
+    let mut comparisons = vec![Comparison::new(subject, bench.limits, turns)];
+    if let Some(saved) = again {
+        let subject = Subject {
+            group: Group::Lazy,
+            workload: format!("{}-again", workload.name),
+            size,
+            baseline: working_set::WITHOUT,
+        };
+        let turns = working_set::turns(saved, place, timeout);
+        comparisons.push(Comparison::new(subject, bench.limits, turns));
     }
-    let results = take_turns(bench.rounds, bench.within, &mut turns);
-    rows.extend(
-        turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Lazy, name, tool, workload.bytes(), result)),
-    );
-    drop(turns);
-    bench.ratios.extend(ratios(&rows, "userfault"));
-    bench.rows.extend(rows);
-    let again =
-        ways.iter().find(|way| way.tool.name() == "userfault").map(|way| (way.image.clone(), way.address.clone()));
-    drop(ways);
-    if let Some((image, address)) = again {
-        working_set::measure(bench, workload.name, &image, &address, keys, workload.bytes());
-    }
-    Ok(())
+    Ok(comparisons)
 }
 
 /// Starts a redis and saves it; gives where it listens.
@@ -125,8 +129,9 @@ fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Resu
     result.and_then(|address| ended.map(|()| address))
 }
 
-fn round(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, String> {
-    let result = restore(way, keys, timeout);
+fn round(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
+    into_page_cache(&way.image)?;
+    let result = restore(way, timeout);
     let ended = command::end_descendants();
     result.and_then(|samples| ended.map(|()| samples))
 }
@@ -149,8 +154,21 @@ struct Seen {
     while_loading: Vec<f64>,
 }
 
-fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, String> {
-    let mut samples = Samples::default();
+/// Others may have been run since it was read last.
+pub fn into_page_cache(image: &Path) -> Result<(), String> {
+    let read = |file: &Path| std::io::copy(&mut std::fs::File::open(file)?, &mut std::io::sink());
+    let failed = |error| format!("reading {}: {error}", image.display());
+    for entry in std::fs::read_dir(image).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_file() {
+            read(&entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn restore(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
+    let (mut samples, keys) = (Samples::default(), way.keys);
     let place = way.image.parent().ok_or("an image without a place")?;
     let daemon = match way.lazily.as_ref().and_then(|lazily| lazily.daemon) {
         Some(daemon) => {
@@ -180,7 +198,7 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
     let begun = running.begun();
     let (give_up, loaded) = (AtomicBool::new(false), AtomicBool::new(false));
     let (done, seen) = std::thread::scope(|scope| {
-        let asking = std::thread::Builder::new().spawn_scoped(scope, || ask(way, keys, timeout, &give_up, &loaded));
+        let asking = std::thread::Builder::new().spawn_scoped(scope, || ask(way, timeout, &give_up, &loaded));
         let done = running.wait(timeout).and_then(|taken| match daemon {
             Some(daemon) => daemon.wait(timeout).map(|daemon| daemon.begun.max(taken.begun)),
             None => Ok(taken.begun),
@@ -219,13 +237,8 @@ fn restore(way: &Way<'_>, keys: usize, timeout: Duration) -> Result<Samples, Str
     Ok(samples)
 }
 
-fn ask(
-    way: &Way<'_>,
-    keys: usize,
-    timeout: Duration,
-    give_up: &AtomicBool,
-    loaded: &AtomicBool,
-) -> Result<Seen, String> {
+fn ask(way: &Way<'_>, timeout: Duration, give_up: &AtomicBool, loaded: &AtomicBool) -> Result<Seen, String> {
+    let keys = way.keys;
     let mut connection = Connection::open(&way.address, timeout, give_up)?;
     connection.ask("PING")?;
     let ping = Instant::now();

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::record::{Distribution, Group, Measure, Ratio, Row, Skipped, Unit};
+use crate::record::{Distribution, Group, Measure, Ratio, Row, Unit};
 use crate::statistics::{Summary, paired_ratio, quantile};
 use crate::tools::Tool;
 
@@ -20,12 +20,18 @@ pub struct Bench {
     pub tools: Vec<Box<dyn Tool>>,
     /// On the medium to measure.
     pub images: PathBuf,
-    pub rounds: usize,
-    pub within: Duration,
+    pub limits: Limits,
     pub timeout: Duration,
-    pub rows: Vec<Row>,
-    pub ratios: Vec<Ratio>,
-    pub skipped: Vec<Skipped>,
+}
+
+/// When a comparison has enough.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub rounds: usize,
+    /// No new round is begun after so much, but for the first three.
+    pub within: Duration,
+    /// Rounds in a pass.
+    pub at_once: usize,
 }
 
 /// What one round of one tool gave.
@@ -52,33 +58,81 @@ pub type Turn<'a> = (String, Box<dyn FnMut() -> Result<Samples, String> + 'a>);
 /// Rounds that are begun whatever the time-box says.
 const LEAST: usize = 3;
 
-/// Has all take turns: one round to warm up, then those that count, until there are enough or the time is up.
-pub fn take_turns(rounds: usize, within: Duration, turns: &mut [Turn<'_>]) -> Vec<Result<Vec<Samples>, String>> {
-    let mut results: Vec<Result<Vec<Samples>, String>> = turns.iter().map(|_| Ok(Vec::new())).collect();
-    let mut begun = Instant::now();
-    for round in 0..=rounds {
-        if round > LEAST && begun.elapsed() > within {
-            break;
-        }
-        // Each begins as often as any other.
-        for turn in 0..turns.len() {
-            let turn = (turn + round) % turns.len();
-            let Ok(samples) = &mut results[turn] else { continue };
-            match (turns[turn].1)() {
-                Ok(_) if round == 0 => {}
-                Ok(sample) => samples.push(sample),
-                Err(failure) => results[turn] = Err(failure),
+/// What a comparison is of.
+pub struct Subject {
+    pub group: Group,
+    pub workload: String,
+    /// Bytes of memory that it has touched, or 0.
+    pub size: u64,
+    /// The one to which all others are set in relation.
+    pub baseline: &'static str,
+}
+
+/// Those that take turns at one workload, and what they gave so far.
+///
+/// Its rounds are not run in one go: a machine changes within minutes, and what a round does not see its interval does not
+/// have. All comparisons of a run take their turns, pass after pass.
+pub struct Comparison<'a> {
+    pub subject: Subject,
+    limits: Limits,
+    turns: Vec<Turn<'a>>,
+    results: Vec<Result<Vec<Samples>, String>>,
+    /// With the one to warm up.
+    rounds: usize,
+    spent: Duration,
+}
+
+impl<'a> Comparison<'a> {
+    pub fn new(subject: Subject, limits: Limits, turns: Vec<Turn<'a>>) -> Comparison<'a> {
+        let results = turns.iter().map(|_| Ok(Vec::new())).collect();
+        Comparison { subject, limits, turns, results, rounds: 0, spent: Duration::ZERO }
+    }
+
+    /// Has each take its turn: the first time to warm up, then as often as a pass has rounds.
+    pub fn pass(&mut self) {
+        for _ in 0..if self.rounds == 0 { 1 } else { self.limits.at_once } {
+            if !self.is_done() {
+                self.round();
             }
         }
-        if round == 0 {
-            begun = Instant::now();
-        }
     }
-    results
+
+    fn round(&mut self) {
+        let begun = Instant::now();
+        // Each begins as often as any other.
+        for turn in 0..self.turns.len() {
+            let turn = (turn + self.rounds) % self.turns.len();
+            let Ok(samples) = &mut self.results[turn] else { continue };
+            match (self.turns[turn].1)() {
+                Ok(_) if self.rounds == 0 => {}
+                Ok(sample) => samples.push(sample),
+                Err(failure) => self.results[turn] = Err(failure),
+            }
+        }
+        if self.rounds > 0 {
+            self.spent += begun.elapsed();
+        }
+        self.rounds += 1;
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.rounds > self.limits.rounds
+            || self.rounds > LEAST && self.spent > self.limits.within
+            || self.results.iter().all(Result::is_err)
+    }
+
+    /// What came of it.
+    pub fn found(&self) -> (Vec<Row>, Vec<Ratio>) {
+        let Subject { group, workload, size, baseline } = &self.subject;
+        let turns = self.turns.iter().zip(&self.results);
+        let rows: Vec<_> = turns.map(|((tool, _), result)| row(*group, workload, tool, *size, result)).collect();
+        let ratios = ratios(&rows, baseline);
+        (rows, ratios)
+    }
 }
 
 /// A row of what a tool's rounds gave.
-pub fn row(group: Group, workload: &str, tool: &str, size: u64, result: &Result<Vec<Samples>, String>) -> Row {
+fn row(group: Group, workload: &str, tool: &str, size: u64, result: &Result<Vec<Samples>, String>) -> Row {
     let mut row = Row {
         group,
         workload: workload.into(),
@@ -121,7 +175,7 @@ pub fn row(group: Group, workload: &str, tool: &str, size: u64, result: &Result<
 }
 
 /// The ratios of every tool to the baseline, of all measures that both have in every round.
-pub fn ratios(rows: &[Row], baseline: &str) -> Vec<Ratio> {
+fn ratios(rows: &[Row], baseline: &str) -> Vec<Ratio> {
     let mut found = Vec::new();
     for row in rows.iter().filter(|row| row.tool != baseline && row.failed.is_none()) {
         let same = |other: &&Row| other.tool == baseline && other.workload == row.workload && other.failed.is_none();
@@ -163,10 +217,21 @@ mod tests {
             };
             (name.to_string(), Box::new(work))
         };
-        let results = take_turns(3, Duration::from_secs(60), &mut [turn("a"), turn("b"), turn("c")]);
+        let mut turns = comparison(Limits { rounds: 3, ..ONE_GO }, vec![turn("a"), turn("b"), turn("c")]);
+        while !turns.is_done() {
+            turns.pass();
+        }
         assert_eq!(*log.borrow(), "abcbcacabab", "rounds: abc, bca, cab (c fails), ab");
-        assert_eq!(results[0].as_ref().map(Vec::len), Ok(3));
-        assert_eq!(results[2].as_ref().err().map(String::as_str), Some("no more"));
+        assert_eq!(turns.results[0].as_ref().map(Vec::len), Ok(3));
+        assert_eq!(turns.results[2].as_ref().err().map(String::as_str), Some("no more"));
+        let (rows, _) = turns.found();
+        assert_eq!((rows.len(), rows[2].failed.as_deref()), (3, Some("no more")));
+    }
+
+    const ONE_GO: Limits = Limits { rounds: 1000, within: Duration::from_secs(60), at_once: 2 };
+
+    fn comparison(limits: Limits, turns: Vec<Turn<'_>>) -> Comparison<'_> {
+        Comparison::new(Subject { group: Group::Cycle, workload: "w".into(), size: 0, baseline: "a" }, limits, turns)
     }
 
     #[test]
@@ -175,7 +240,22 @@ mod tests {
             std::thread::sleep(Duration::from_millis(2));
             Ok(Samples::default())
         };
-        let results = take_turns(1000, Duration::from_millis(1), &mut [("a".into(), Box::new(nap))]);
-        assert_eq!(results[0].as_ref().map(Vec::len), Ok(LEAST));
+        let limits = Limits { within: Duration::from_millis(1), ..ONE_GO };
+        let mut turns = comparison(limits, vec![("a".into(), Box::new(nap))]);
+        turns.pass();
+        assert_eq!(turns.rounds, 1, "the one to warm up is a pass");
+        turns.pass();
+        assert_eq!(turns.rounds, 3);
+        while !turns.is_done() {
+            turns.pass();
+        }
+        assert_eq!(turns.results[0].as_ref().map(Vec::len), Ok(LEAST));
+    }
+
+    #[test]
+    fn where_all_have_failed_nothing_is_left_to_do() {
+        let mut turns = comparison(ONE_GO, vec![("a".into(), Box::new(|| Err("no".into())))]);
+        turns.pass();
+        assert!(turns.is_done());
     }
 }

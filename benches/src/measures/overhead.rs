@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::calls::CALLS;
-use super::{Bench, Samples, Turn, ratios, row, take_turns};
+use super::calls::{CALLS, Call};
+use super::{Bench, Comparison, Limits, Samples, Subject, Turn};
 use crate::command;
 use crate::record::{Group, Unit};
 use crate::tools::Tool;
@@ -49,23 +49,30 @@ const PROGRAMS: &[Whole] = &[
     },
 ];
 
-pub fn measure_calls(bench: &mut Bench) {
-    for call in CALLS {
-        let count = call.count.to_string();
-        measure(bench, call.name, &|| own(&["call", call.name, &count]), Told::Nanoseconds);
+impl Workload {
+    /// Its rows: each with those that wrap programs, if there are any.
+    pub fn comparisons<'a>(&self, bench: &'a Bench) -> Vec<Comparison<'a>> {
+        if self.name == "overhead-calls" {
+            return CALLS
+                .iter()
+                .filter_map(|call| comparison(bench, call.name, move || counting(call), Told::Nanoseconds))
+                .collect();
+        }
+        let memory = comparison(bench, "resident memory", || own(&["call", "rss", "0"]), Told::Kibibytes);
+        let whole =
+            PROGRAMS.iter().map(|program| comparison(bench, program.name, move || Ok(typed(program)), Told::Nothing));
+        std::iter::once(memory).chain(whole).flatten().collect()
     }
 }
 
-pub fn measure_programs(bench: &mut Bench) {
-    measure(bench, "resident memory", &|| own(&["call", "rss", "0"]), Told::Kibibytes);
-    for program in PROGRAMS {
-        let command = || {
-            let mut command = Command::new(program.command[0]);
-            command.args(&program.command[1..]);
-            Ok(command)
-        };
-        measure(bench, program.name, &command, Told::Nothing);
-    }
+fn counting(call: &Call) -> Result<Command, String> {
+    own(&["call", call.name, &call.count.to_string()])
+}
+
+fn typed(program: &Whole) -> Command {
+    let mut command = Command::new(program.command[0]);
+    command.args(&program.command[1..]);
+    command
 }
 
 /// What a program prints of itself.
@@ -83,24 +90,27 @@ fn own(words: &[&str]) -> Result<Command, String> {
     Ok(command)
 }
 
-fn measure(bench: &mut Bench, name: &str, program: &dyn Fn() -> Result<Command, String>, told: Told) {
-    let (images, timeout) = (&bench.images, bench.timeout);
-    let mut turns: Vec<Turn<'_>> = vec![("native".into(), Box::new(|| once(None, program()?, images, timeout, told)))];
-    for tool in &bench.tools {
-        if tool.wrap(&Command::new("true"), Path::new("/dev/null")).is_some() {
-            turns.push((tool.name().into(), Box::new(|| once(Some(&**tool), program()?, images, timeout, told))));
-        }
+fn comparison<'a>(
+    bench: &'a Bench,
+    name: &str,
+    program: impl Fn() -> Result<Command, String> + Copy + 'a,
+    told: Told,
+) -> Option<Comparison<'a>> {
+    let turn = |tool: Option<&'a dyn Tool>| -> Turn<'a> {
+        let name = tool.map_or("native", |tool| tool.name());
+        (name.into(), Box::new(move || once(tool, program()?, &bench.images, bench.timeout, told)))
+    };
+    let wraps = |tool: &&dyn Tool| tool.wrap(&Command::new("true"), Path::new("/dev/null")).is_some();
+    let tools: Vec<&dyn Tool> = bench.tools.iter().map(|tool| &**tool).filter(wraps).collect();
+    if tools.is_empty() {
+        return None;
     }
-    if turns.len() == 1 {
-        return;
-    }
+    let turns = std::iter::once(None).chain(tools.into_iter().map(Some)).map(turn).collect();
+    let subject = Subject { group: Group::Overhead, workload: name.into(), size: 0, baseline: "native" };
     // They are short, so there can be more of them.
-    let results = take_turns(bench.rounds * 2, bench.within / 4, &mut turns);
-    let rows = turns.iter().zip(&results).map(|((tool, _), result)| row(Group::Overhead, name, tool, 0, result));
-    let rows: Vec<_> = rows.collect();
-    drop(turns);
-    bench.ratios.extend(ratios(&rows, "native"));
-    bench.rows.extend(rows);
+    let Limits { rounds, within, at_once } = bench.limits;
+    let limits = Limits { rounds: rounds * 2, within: within / 4, at_once: at_once * 2 };
+    Some(Comparison::new(subject, limits, turns))
 }
 
 fn once(

@@ -4,84 +4,94 @@
 //! Nothing is brought in but what is asked for (`--no-sweep`), so that every fault is one of these requests. The programs
 //! are ended when they have answered: the pager then tells its figures.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::lazy::own_figures;
-use super::{Bench, Samples, Turn, ratios, row, take_turns};
+use tempfile::TempDir;
+
+use super::lazy::{into_page_cache, own_figures};
+use super::{Samples, Turn};
 use crate::command;
 use crate::programs::http;
 use crate::programs::redis::{Address, Connection};
-use crate::record::{Group, Unit};
+use crate::record::Unit;
 use crate::tools::Tool;
 
 /// Keys that are asked for.
 const REQUESTS: usize = 2000;
 
-const WITHOUT: &str = "userfault, nothing recorded";
+pub const WITHOUT: &str = "userfault, nothing recorded";
 const WITH: &str = "userfault, recorded";
 
 /// What is restored, and asked.
-#[derive(Clone, Copy)]
-struct Saved<'a> {
-    tool: &'a dyn Tool,
-    image: &'a Path,
-    address: &'a Address,
-    keys: usize,
+#[derive(Clone)]
+pub struct Saved<'a> {
+    pub tool: &'a dyn Tool,
+    pub image: PathBuf,
+    pub address: Address,
+    pub keys: usize,
 }
 
-/// Records once, and compares then, in turn.
-pub fn measure(bench: &mut Bench, workload: &str, image: &Path, address: &Address, keys: usize, bytes: u64) {
-    let Some(tool) = bench.tools.iter().find(|tool| tool.name() == "userfault") else { return };
-    let saved = Saved { tool: &**tool, image, address, keys };
-    let (timeout, workload) = (bench.timeout, format!("{workload}-again"));
-    let recorded = round(saved, &["--record-working-set"], timeout);
-    let turn = |options: &'static [&'static str]| {
-        let recorded = recorded.as_ref().err().cloned();
-        move || match &recorded {
-            Some(why) => Err(format!("while recording: {why}")),
-            None => round(saved, options, timeout),
-        }
+/// Records once, in a copy of the image; those that take turns then restore that.
+pub fn turns(saved: Saved<'_>, place: Arc<TempDir>, timeout: Duration) -> Vec<Turn<'_>> {
+    let again = place.path().join("again");
+    let recorded = copy(&saved.image, &again.join("image")).and_then(|image| {
+        let saved = Saved { image, ..saved.clone() };
+        round(&saved, &["--record-working-set"], timeout).map_err(|why| format!("while recording: {why}"))?;
+        Ok(saved)
+    });
+    let turn = |name: &str, options: &'static [&'static str]| -> Turn<'_> {
+        let (recorded, place) = (recorded.clone(), place.clone());
+        let work = move || {
+            let _ = &place;
+            round(recorded.as_ref().map_err(String::clone)?, options, timeout)
+        };
+        (name.into(), Box::new(work))
     };
-    let mut turns: Vec<Turn<'_>> = vec![
-        (WITHOUT.into(), Box::new(turn(&["--no-sweep", "--ignore-working-set"]))),
-        (WITH.into(), Box::new(turn(&["--no-sweep"]))),
-    ];
-    let results = take_turns(bench.rounds, bench.within, &mut turns);
-    let rows: Vec<_> = turns
-        .iter()
-        .zip(&results)
-        .map(|((tool, _), result)| row(Group::Lazy, &workload, tool, bytes, result))
-        .collect();
-    drop(turns);
-    bench.ratios.extend(ratios(&rows, WITHOUT));
-    bench.rows.extend(rows);
+    vec![turn(WITHOUT, &["--no-sweep", "--ignore-working-set"]), turn(WITH, &["--no-sweep"])]
 }
 
-fn round(saved: Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samples, String> {
+/// Copies the files of an image.
+fn copy(image: &Path, to: &Path) -> Result<PathBuf, String> {
+    let copied: std::io::Result<()> = (|| {
+        std::fs::create_dir_all(to)?;
+        for entry in std::fs::read_dir(image)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+            }
+        }
+        Ok(())
+    })();
+    copied.map(|()| to.to_path_buf()).map_err(|error| format!("copying {}: {error}", image.display()))
+}
+
+fn round(saved: &Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samples, String> {
+    into_page_cache(&saved.image)?;
     let result = restore(saved, options, timeout);
     let ended = command::end_descendants();
     result.and_then(|samples| ended.map(|()| samples))
 }
 
-fn restore(saved: Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samples, String> {
+fn restore(saved: &Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samples, String> {
     let place = saved.image.parent().ok_or("an image without a place")?;
     let (log, pidfile) = (place.join("again.log"), place.join("again.pid"));
     let _ = std::fs::remove_file(&pidfile);
-    let mut command = saved.tool.restore(saved.image)?;
+    let mut command = saved.tool.restore(&saved.image)?;
     let ckpt = command.get_program().to_owned();
     command.arg("--json").arg("--pidfile").arg(&pidfile).args(options);
     let running = command::start(&mut command, "restore", &log).map_err(|failure| failure.reason)?;
     let begun = running.begun();
     let asked: Result<Duration, String> = (|| {
-        let mut connection = Connection::open(saved.address, timeout, &http::NEVER)?;
+        let mut connection = Connection::open(&saved.address, timeout, &http::NEVER)?;
         connection.ask("PING")?;
         (0..REQUESTS).try_for_each(|number| connection.get(number * 1_000_003 % saved.keys))?;
         let answered = begun.elapsed();
         if options.contains(&"--record-working-set") {
             let mut stop = Command::new(&ckpt);
-            stop.args(["--quiet", "working-set", "stop", "-D"]).arg(saved.image);
+            stop.args(["--quiet", "working-set", "stop", "-D"]).arg(&saved.image);
             command::run(&mut stop, "working-set stop", &place.join("stop.log"), timeout)
                 .map_err(|failure| failure.reason)?;
         }

@@ -24,8 +24,9 @@ pub struct Bar {
 pub fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
     let (left, right, row, top) = (82.0, 62.0, 26.0, 6.0);
     let height = top + bars.len() as f64 * row + 22.0;
-    // One bar's outlier is not to flatten the others.
-    let widest = bars.iter().map(|bar| bar.high.max(bar.median * 1.15)).fold(0.0, f64::max);
+    // One bar's outlier, or the interval of few samples, is not to flatten the others: lines end at the edge.
+    let longest = bars.iter().map(|bar| bar.median).fold(0.0, f64::max);
+    let widest = bars.iter().map(|bar| bar.high).fold(0.0, f64::max).clamp(longest * 1.15, longest * 2.0);
     let end = nice_above(widest);
     let x = |value: f64| left + (value.clamp(0.0, end) / end) * (WIDTH - left - right);
     let mut body = String::new();
