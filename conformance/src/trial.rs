@@ -577,7 +577,8 @@ impl Init<'_> {
                 return Ok(());
             }
             if begin.elapsed() > Duration::from_secs(20) {
-                return Err(format!("{what} left pagers behind that did not end within 20 s: {left:?}"));
+                let left: Vec<String> = left.into_iter().map(doing).collect();
+                return Err(format!("{what} left pagers behind that did not end within 20 s: {}", left.join("; ")));
             }
             for pid in left.into_iter().filter(|&pid| name(pid) == PAGERS[0]) {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGUSR1);
@@ -661,6 +662,16 @@ fn is_pager(pid: i32) -> bool {
 
 fn name(pid: i32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_string()
+}
+
+/// What a process does, for whoever has to find out why it does not end.
+fn doing(pid: i32) -> String {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let stat = read("stat");
+    let fields: Vec<&str> = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').collect()).unwrap_or_default();
+    let ticks = fields.get(11..13).unwrap_or_default().join("+");
+    let (call, place) = (read("syscall"), read("wchan"));
+    format!("{} {pid} {:?} in {place:?} (call {}, {ticks} ticks)", name(pid), state(pid), call.trim())
 }
 
 fn state(pid: i32) -> Option<char> {

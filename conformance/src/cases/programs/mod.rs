@@ -117,8 +117,10 @@ fn java(dir: &Path) -> Command {
     // If it cannot be written, java says so.
     _ = std::fs::write(&source, include_str!("Work.java"));
     let mut command = Command::new("/usr/bin/java");
-    // No threads that come and go, and no file that a JVM of another pid namespace takes for a dead one's.
+    // No threads that come and go, and no file that a JVM of another pid namespace takes for a dead one's. Without a limit its
+    // heap is as large as the machine allows, and so is each image.
     command.args(["-XX:-UseDynamicNumberOfCompilerThreads", "-XX:-UseDynamicNumberOfGCThreads", "-XX:-UsePerfData"]);
+    command.arg("-Xmx256m");
     command.arg(source);
     command
 }
