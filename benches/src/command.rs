@@ -125,9 +125,10 @@ fn ends_within(pidfd: &OwnedFd, timeout: Duration) -> bool {
 }
 
 /// What a tool said that tells most: its errors, else its last line.
-fn essence(said: &str) -> String {
+pub fn essence(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
-    let errors: Vec<&str> = lines().filter(|line| line.to_lowercase().contains("error")).collect();
+    let errors: Vec<&str> =
+        lines().filter(|line| ["error", "panicked"].iter().any(|word| line.to_lowercase().contains(word))).collect();
     let text = if errors.is_empty() {
         lines().next_back().unwrap_or("it said nothing").to_string()
     } else {

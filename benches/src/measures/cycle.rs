@@ -8,7 +8,7 @@ use super::{Bench, Comparison, Samples, Subject, Turn};
 use crate::command::{self, Failure, Taken};
 use crate::programs::{Program, Session, Stamping};
 use crate::record::{Group, Unit, refusal};
-use crate::tools::Tool;
+use crate::tools::{self, Tool};
 
 /// One workload with all tools; or why it cannot be run.
 pub fn comparison<'a>(bench: &'a Bench, program: &'a dyn Program) -> Result<Comparison<'a>, String> {
@@ -60,7 +60,7 @@ fn live(tool: &dyn Tool, program: &dyn Program, place: &Path, timeout: Duration)
     let mut samples = Samples::default();
     let (command, mut session) = program.prepare(place)?;
     let root = tool.start(command, place, timeout)?;
-    session.ready().map_err(|error| format!("it did not come up: {error}"))?;
+    come_up(&mut *session, root, place)?;
     // The tools may use /run, /tmp and the same disk: what one has written is not to be paid for by the next.
     settle(place);
     if tool.dumps() && session.begin_stamps()? == Stamping::Begun {
@@ -186,6 +186,35 @@ fn add_usage(samples: &mut Samples, [cpu, peak]: [&'static str; 2], taken: &Take
     samples.add(peak, Unit::Kibibytes, taken.peak);
 }
 
+/// Waits until a program has touched all its memory. One that ends instead is told with its last words.
+pub fn come_up(session: &mut dyn Session, root: i32, place: &Path) -> Result<(), String> {
+    let (ended, is_up) = (AtomicBool::new(false), AtomicBool::new(false));
+    let watch = || {
+        while !is_up.load(SeqCst) && !ended.load(SeqCst) {
+            ended.store(has_ended(root), SeqCst);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    let result = std::thread::scope(|scope| {
+        // Without a thread it takes longer until that is told.
+        let _ = std::thread::Builder::new().spawn_scoped(scope, watch);
+        let result = session.ready(&ended);
+        is_up.store(true, SeqCst);
+        result
+    });
+    result.map_err(|error| match ended.load(SeqCst) {
+        true => format!("it ended before it had come up: {}", tools::last_words(place)),
+        false => format!("it did not come up: {error}"),
+    })
+}
+
+/// Whether a child has ended; it stays to be waited for.
+fn has_ended(pid: i32) -> bool {
+    use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    !matches!(waitid(Id::Pid(nix::unistd::Pid::from_raw(pid)), flags), Ok(WaitStatus::StillAlive))
+}
+
 /// Waits until what was written is on the medium.
 pub fn settle(place: &Path) {
     if let Ok(directory) = std::fs::File::open(place) {
@@ -210,5 +239,56 @@ pub fn gone(root: i32) -> Result<(), String> {
             Ok(status) => ended |= status.pid().is_some_and(|pid| pid.as_raw() == root),
             Err(errno) => return Err(format!("the program is not ours to wait for: {errno}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::programs::Stamps;
+
+    /// A program that never comes up by itself.
+    struct Never;
+
+    impl Session for Never {
+        fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String> {
+            let begun = Instant::now();
+            while !give_up.load(SeqCst) {
+                assert!(begun.elapsed() < Duration::from_secs(60), "it is not told that the program has ended");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err("given up".into())
+        }
+
+        fn before_dump(&mut self) -> Result<(), String> {
+            unreachable!("it is not up")
+        }
+
+        fn answer(&mut self, _within: Duration, _give_up: &AtomicBool) -> Result<(), String> {
+            unreachable!("it is not up")
+        }
+
+        fn verify(&mut self) -> Result<(), String> {
+            unreachable!("it is not up")
+        }
+
+        fn begin_stamps(&mut self) -> Result<Stamping, String> {
+            unreachable!("it is not up")
+        }
+
+        fn end_stamps(&mut self) -> Result<Stamps, String> {
+            unreachable!("it is not up")
+        }
+    }
+
+    #[test]
+    fn a_program_that_ends_instead_of_coming_up_is_told_at_once() {
+        let place = tempfile::tempdir().unwrap();
+        let said = std::fs::File::create(place.path().join("said")).unwrap();
+        let mut program = std::process::Command::new("sh");
+        let mut child = program.args(["-c", "echo 'error: no memory'; exit 3"]).stdout(said).spawn().unwrap();
+        let why = come_up(&mut Never, child.id() as i32, place.path()).unwrap_err();
+        assert_eq!(why, "it ended before it had come up: error: no memory");
+        assert_eq!(child.wait().unwrap().code(), Some(3), "it is still there to be waited for");
     }
 }

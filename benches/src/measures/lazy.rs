@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use super::cycle::{gone, no_room, run, settle};
+use super::cycle::{come_up, gone, no_room, run, settle};
 use super::{Bench, Comparison, Samples, Subject, Turn, working_set};
 use crate::command;
 use crate::programs::redis::{Address, Connection, Redis};
@@ -119,7 +119,7 @@ fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Resu
     let result = (|| {
         let (command, mut session, address) = redis.prepare_at(place)?;
         let root = tool.start(command, place, timeout)?;
-        session.ready()?;
+        come_up(&mut *session, root, place)?;
         run(tool, tool.dump(root, &place.join("image"), false)?, "dump", place, timeout)?;
         gone(root)?;
         Ok(address)

@@ -58,7 +58,7 @@ pub fn settle(port: u16) -> Result<(), String> {
         // LISTEN and TIME_WAIT are no connections of a process.
         (u16::from_str_radix(local, 16).ok()? == port && !matches!(state, "0A" | "06")).then_some(())
     };
-    super::wait_for("closing connections", super::PATIENCE, || {
+    super::wait_for("closing connections", super::PATIENCE, &NEVER, || {
         let tables =
             ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| std::fs::read_to_string(table).unwrap_or_default());
         Ok(!tables.iter().flat_map(|table| table.lines()).any(|line| connected(line).is_some()))

@@ -8,7 +8,7 @@ mod servers;
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 /// A workload: a kind of program.
@@ -28,7 +28,7 @@ pub trait Program {
 /// One that is running, seen from outside.
 pub trait Session: Send {
     /// Waits until it has come up and has touched all its memory.
-    fn ready(&mut self) -> Result<(), String>;
+    fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String>;
     /// What must be done before a dump, so that the first answer after the restore can be seen.
     fn before_dump(&mut self) -> Result<(), String>;
     /// Waits for an answer that takes its memory, asking again until one is there, and checks it. This is what is timed.
@@ -75,9 +75,17 @@ fn on_path(program: &str) -> Option<std::path::PathBuf> {
 }
 
 /// Looks again and again, until a condition holds.
-fn wait_for(what: &str, within: Duration, mut holds: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
+fn wait_for(
+    what: &str,
+    within: Duration,
+    give_up: &AtomicBool,
+    mut holds: impl FnMut() -> Result<bool, String>,
+) -> Result<(), String> {
     let deadline = std::time::Instant::now() + within;
     while !holds()? {
+        if give_up.load(SeqCst) {
+            return Err(format!("{what}: given up"));
+        }
         if std::time::Instant::now() > deadline {
             return Err(format!("{what}: not within {} s", within.as_secs_f64()));
         }

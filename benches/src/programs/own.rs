@@ -249,8 +249,8 @@ impl Asking {
 }
 
 impl Session for Asking {
-    fn ready(&mut self) -> Result<(), String> {
-        super::wait_for(self.load.name, PATIENCE, || Ok(self.shared.ready.load(SeqCst) == 1))
+    fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String> {
+        super::wait_for(self.load.name, PATIENCE, give_up, || Ok(self.shared.ready.load(SeqCst) == 1))
     }
 
     fn answer(&mut self, within: Duration, give_up: &AtomicBool) -> Result<(), String> {
@@ -493,12 +493,10 @@ fn write_page(fill: Fill, number: usize, page: &mut Page) {
             }
         }
         Fill::Text => {
-            let line = *b"line 00000000 of what compresses well, as logs and heaps often do..\n   ";
-            for (at, word) in page.iter_mut().enumerate() {
-                let from = at % 9 * 8;
-                let mut bytes = [0; 8];
-                bytes.copy_from_slice(&line[from..from + 8]);
-                *word = u64::from_ne_bytes(bytes);
+            const LINE: &[u8; 72] = b"One of the lines that compress well, as many do in logs and in heaps.. \n";
+            let words = LINE.as_chunks().0.iter().cycle();
+            for (word, bytes) in page.iter_mut().zip(words) {
+                *word = u64::from_ne_bytes(*bytes);
             }
             page[0] = number as u64;
         }
@@ -565,4 +563,26 @@ fn open(count: usize) -> std::io::Result<Vec<(i32, i32)>> {
         }
     }
     Ok(pipes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_have_what_their_fill_promises() {
+        let page = |fill, number| {
+            let mut page = [0; PAGE / 8];
+            write_page(fill, number, &mut page);
+            page
+        };
+        for fill in [Fill::Random, Fill::Text] {
+            assert_ne!(page(fill, 1), page(fill, 2), "no two pages are alike");
+        }
+        let distinct = |page: &Page| page.iter().collect::<std::collections::HashSet<_>>().len();
+        assert_eq!(distinct(&page(Fill::Random, 1)), PAGE / 8);
+        assert_eq!(distinct(&page(Fill::Text, 1)), 72 / 8 + 1, "one line again and again, and the number");
+        let zeros = (0..64).filter(|&number| page(Fill::Zero, number) == [0; PAGE / 8]).count();
+        assert_eq!(zeros, 56, "seven of eight");
+    }
 }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use super::http::NEVER;
@@ -132,11 +132,11 @@ impl Asking {
 }
 
 impl Session for Asking {
-    fn ready(&mut self) -> Result<(), String> {
+    fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String> {
         let begun = std::time::Instant::now();
         // While it comes up it takes connections and says that it does not answer yet.
-        while let Err(error) = self.query("SELECT 1", PATIENCE, &NEVER) {
-            if begun.elapsed() > PATIENCE {
+        while let Err(error) = self.query("SELECT 1", PATIENCE, give_up) {
+            if begun.elapsed() > PATIENCE || give_up.load(SeqCst) {
                 return Err(error);
             }
             std::thread::sleep(Duration::from_millis(10));

@@ -81,7 +81,7 @@ impl Address {
         };
         // The sixth field of a line is the state; 03 is connected.
         let connected = |line: &str| line.ends_with(&path) && line.split_whitespace().nth(5) == Some("03");
-        super::wait_for("closing connections", PATIENCE, || {
+        super::wait_for("closing connections", PATIENCE, &NEVER, || {
             Ok(!std::fs::read_to_string("/proc/net/unix").unwrap_or_default().lines().any(connected))
         })
     }
@@ -163,8 +163,8 @@ impl Connection {
 }
 
 impl Session for Asking {
-    fn ready(&mut self) -> Result<(), String> {
-        let mut connection = Connection::open(&self.address, PATIENCE, &NEVER)?;
+    fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String> {
+        let mut connection = Connection::open(&self.address, PATIENCE, give_up)?;
         connection.ask(&format!("DEBUG POPULATE {} key {VALUE}", self.keys))?;
         drop(connection);
         self.address.settle()

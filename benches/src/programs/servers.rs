@@ -72,8 +72,8 @@ impl Asking {
 }
 
 impl Session for Asking {
-    fn ready(&mut self) -> Result<(), String> {
-        self.answer(PATIENCE, &NEVER)?;
+    fn ready(&mut self, give_up: &AtomicBool) -> Result<(), String> {
+        self.answer(PATIENCE, give_up)?;
         http::settle(self.port)
     }
 

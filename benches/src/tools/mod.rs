@@ -105,6 +105,12 @@ fn said(place: &Path) -> Result<File, String> {
     File::options().append(true).create(true).open(&path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
+/// The line that says most of what a program has written.
+pub fn last_words(place: &Path) -> String {
+    let said = std::fs::read(said_path(place)).unwrap_or_default();
+    command::essence(&String::from_utf8_lossy(&said))
+}
+
 /// The same command, started by another.
 fn behind(mut wrapper: Command, program: &Command) -> Command {
     wrapper.arg(program.get_program()).args(program.get_args()).current_dir("/");
