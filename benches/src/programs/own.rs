@@ -108,14 +108,14 @@ struct Shared {
     answered: [AtomicU32; 500],
 }
 
-fn share(path: &Path) -> std::io::Result<&'static Shared> {
+fn share(path: &Path, protection: libc::c_int) -> std::io::Result<&'static Shared> {
     let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
     file.set_len(PAGE as u64)?;
     const { assert!(size_of::<Shared>() <= PAGE) };
-    // SAFETY: a shared mapping of a file that is not made shorter; every bit pattern is valid in atomics.
+    // SAFETY: a shared mapping of a file that is not made shorter; every bit pattern is valid in atomics. What is mapped for
+    // reading alone is only read.
     unsafe {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        let address = libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, file.as_raw_fd(), 0);
+        let address = libc::mmap(std::ptr::null_mut(), PAGE, protection, libc::MAP_SHARED, file.as_raw_fd(), 0);
         if address == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(&*address.cast()) }
     }
 }
@@ -198,23 +198,29 @@ impl Program for Load {
 
     fn prepare(&self, place: &Path) -> Result<(Command, Box<dyn Session>), String> {
         let path = place.join("shared");
-        let shared = share(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let share = |protection| share(&path, protection).map_err(|error| format!("{}: {error}", path.display()));
+        let (shared, seen) = (share(libc::PROT_READ | libc::PROT_WRITE)?, share(libc::PROT_READ)?);
         let own = std::env::current_exe().map_err(|error| format!("the driver's own file: {error}"))?;
         let mut command = Command::new(own);
-        command.args(["program", self.name]).arg(path);
-        Ok((command, Box::new(Asking { shared, load: *self })))
+        command.args(["program", self.name]).arg(&path);
+        Ok((command, Box::new(Asking { shared, seen, load: *self })))
     }
 }
 
 struct Asking {
     shared: &'static Shared,
+    /// The same for reading alone. futex(2) asks for a page that can be written to where it may, also to wait: the file would
+    /// get a new time, and not be what it was at the dump.
+    seen: &'static Shared,
     load: Load,
 }
 
 impl Drop for Asking {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in share(), which is not used after this.
-        unsafe { libc::munmap(std::ptr::from_ref(self.shared).cast_mut().cast(), PAGE) };
+        for mapping in [self.shared, self.seen] {
+            // SAFETY: a mapping made in share(), which is not used after this.
+            unsafe { libc::munmap(std::ptr::from_ref(mapping).cast_mut().cast(), PAGE) };
+        }
     }
 }
 
@@ -243,7 +249,7 @@ impl Asking {
             let left = left.ok_or_else(|| format!("{} does not go on (thread or process {who})", self.load.name))?;
             // Only the first wakes us.
             let nap = left.min(Duration::from_millis(if who == 0 { 100 } else { 1 }));
-            wait(&self.shared.answered[who], answered, Some(nap));
+            wait(&self.seen.answered[who], answered, Some(nap));
         }
     }
 }
@@ -258,7 +264,7 @@ impl Session for Asking {
         while self.shared.beats.load(SeqCst) == before {
             let left = within.checked_sub(begun.elapsed()).filter(|_| !give_up.load(SeqCst));
             let left = left.ok_or_else(|| format!("{} does not go on", self.load.name))?;
-            wait(&self.shared.beats, before, Some(left.min(Duration::from_millis(100))));
+            wait(&self.seen.beats, before, Some(left.min(Duration::from_millis(100))));
         }
         Ok(())
     }
@@ -318,7 +324,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn build(load: &Load, path: &Path) -> std::io::Result<std::convert::Infallible> {
-    let shared = share(path)?;
+    let shared = share(path, libc::PROT_READ | libc::PROT_WRITE)?;
     let mut state = State::Nothing;
     match load.kind {
         Kind::Tiny => {}
