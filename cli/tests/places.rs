@@ -124,6 +124,26 @@ fn a_file_that_is_shorter() {
 }
 
 #[test]
+fn a_program_that_was_written_to() {
+    let workshop = Workshop::new();
+    let program = workshop.path().join("program");
+    copy_program("/bin/sleep", &program);
+    let mut command = Command::new(&program);
+    command.arg("1000").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut sleeping = Companion::start(command);
+    let image = workshop.image();
+    run(&mut dump(sleeping.pid(), &image, &[])).assert_done();
+    end_of(&mut sleeping.0);
+    let modified = fs::metadata(&program).unwrap().modified().unwrap();
+    let touch = |time| fs::File::options().write(true).open(&program).unwrap().set_modified(time).unwrap();
+    touch(modified + std::time::Duration::from_nanos(1));
+    run(&mut restore(&image)).assert_error(REFUSED, &["memory: process", &program.display().to_string(), "written to"]);
+    touch(modified);
+    run(&mut restore(&image)).assert_done();
+    kill(sleeping.pid(), libc::SIGKILL);
+}
+
+#[test]
 fn a_process_id_in_use() {
     let workshop = Workshop::new();
     let subject = Subject::start(&workshop);

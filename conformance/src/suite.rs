@@ -43,14 +43,20 @@ pub struct Report {
     pub idle: Vec<String>,
 }
 
+/// The command line. If it does not say, there is one trial more at a time than processors: most of a trial waits for time
+/// to go by.
+pub fn arguments() -> Arguments {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert_with(|| 1 + std::thread::available_parallelism().map_or(1, usize::from));
+    arguments
+}
+
 /// Tries all `cases` with all `backends`, prints what came of it and writes it to `target/conformance-matrix.{txt,json}`.
 ///
 /// The exit code is 0 only if something was tried, nothing that was tried or required failed, and this host kept nothing
 /// from being tried (or `CKPT_ALLOW_SKIPS=1` accepts that).
 pub fn main(cases: &[Case], backends: &[&'static Backend], subject: &Path, files: Option<&Path>) -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    // Most of a trial waits for time to go by.
-    arguments.test_threads.get_or_insert_with(|| 1 + std::thread::available_parallelism().map_or(1, usize::from));
+    let arguments = arguments();
     let required = Required::from_environment();
     let unknown = required.unknown(backends);
     if !unknown.is_empty() {

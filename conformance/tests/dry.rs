@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use ckpt_conformance::trial::{self, Way};
-use ckpt_conformance::{cases, matrix};
-use libtest_mimic::{Arguments, Trial};
+use ckpt_conformance::{cases, matrix, suite};
+use libtest_mimic::Trial;
 
 fn main() {
     trial::be_a_trial_if_asked();
@@ -21,5 +21,5 @@ fn main() {
         let name = format!("dry {}", case.name);
         Trial::test(name, move || Ok(trial::run(&case, &Way::Dry, subject)?)).with_ignored_flag(missing.is_some())
     });
-    libtest_mimic::run(&Arguments::from_args(), trials.chain(ordinary).collect()).exit();
+    libtest_mimic::run(&suite::arguments(), trials.chain(ordinary).collect()).exit();
 }

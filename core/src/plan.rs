@@ -37,6 +37,7 @@ impl<'a> Plan<'a> {
         sysvipc::check(image, &mut context);
         for process in &image.processes {
             context.pid = Some(process.task.pid);
+            context.resource = memory::NAME;
             memory::check(&process.memory, &mut context);
             context.check::<filesystem::ProcessFilesystem>(&process.filesystem);
             context.check::<signals::ProcessSignals>(&process.signals);
