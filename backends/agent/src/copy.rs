@@ -96,8 +96,6 @@ fn prepare(channel: &mut Channel, given_back: &[Range<u64>], original: Pid) -> R
     let mut batch = Batch::new();
     // Out of the group and the session, which get signals together.
     batch.call(Sysno::setsid, args![]);
-    let name = batch.string(COPY_NAME.as_bytes());
-    batch.call(Sysno::prctl, args![libc::PR_SET_NAME, name]);
     // Whatever class and processors the program has for itself.
     let priority = batch.words(&[0]);
     batch.try_call(Sysno::sched_setscheduler, args![0, libc::SCHED_OTHER, priority]);
@@ -107,6 +105,9 @@ fn prepare(channel: &mut Channel, given_back: &[Range<u64>], original: Pid) -> R
     let file = batch.try_call(Sysno::openat, args![libc::AT_FDCWD, path, libc::O_WRONLY | libc::O_CLOEXEC]);
     batch.try_call(Sysno::write, args![file, most, most.len()]);
     batch.try_call(Sysno::close, args![file]);
+    // Whoever finds it by its name finds it with nothing of its own open but the socket.
+    let name = batch.string(COPY_NAME.as_bytes());
+    batch.call(Sysno::prctl, args![libc::PR_SET_NAME, name]);
     for mapping in given_back {
         if !batch.has_room(1, 0) {
             run(channel, &std::mem::take(&mut batch), original)?;
