@@ -34,23 +34,24 @@ pub struct Saved<'a> {
     pub keys: usize,
 }
 
-/// Records once, in a copy of the image; those that take turns then restore that.
+/// In a copy of the image. Each round records anew, as no two recordings are quite the same.
 pub fn turns(saved: Saved<'_>, place: Arc<TempDir>, timeout: Duration) -> Vec<Turn<'_>> {
-    let again = place.path().join("again");
-    let recorded = copy(&saved.image, &again.join("image")).and_then(|image| {
-        let saved = Saved { image, ..saved.clone() };
-        round(&saved, &["--record-working-set"], timeout).map_err(|why| format!("while recording: {why}"))?;
-        Ok(saved)
-    });
-    let turn = |name: &str, options: &'static [&'static str]| -> Turn<'_> {
-        let (recorded, place) = (recorded.clone(), place.clone());
+    let again = copy(&saved.image, &place.path().join("again/image")).map(|image| Saved { image, ..saved });
+    let turn = |name: &str, records: bool, options: &'static [&'static str]| -> Turn<'_> {
+        let (again, place) = (again.clone(), place.clone());
         let work = move || {
             let _ = &place;
-            round(recorded.as_ref().map_err(String::clone)?, options, timeout)
+            let again = again.as_ref().map_err(String::clone)?;
+            if records {
+                // What is brought in by an earlier one would not be recorded.
+                let _ = std::fs::remove_file(again.image.join("working-set"));
+                round(again, &["--record-working-set"], timeout).map_err(|why| format!("while recording: {why}"))?;
+            }
+            round(again, options, timeout)
         };
         (name.into(), Box::new(work))
     };
-    vec![turn(WITHOUT, &["--no-sweep", "--ignore-working-set"]), turn(WITH, &["--no-sweep"])]
+    vec![turn(WITHOUT, false, &["--no-sweep", "--ignore-working-set"]), turn(WITH, true, &["--no-sweep"])]
 }
 
 /// Copies the files of an image.
