@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ckpt_agent::frame;
 use ckpt_core::{General, Pid, RemotePtr, Rseq, SigInfo};
@@ -194,17 +194,19 @@ pub fn wait(tid: Pid, block: bool) -> io::Result<Option<Stop>> {
     }))
 }
 
-/// The same for what comes within microseconds: looks a few times before it pauses between looks.
+/// The same for what comes within microseconds: looks a few times before it pauses between looks, longer and longer. `None`
+/// if nothing came within `timeout`.
 ///
 /// Not by a blocking `waitpid`: the end of a main thread is not told as long as other threads of its process, which we trace
 /// as well, have yet to be waited for; so if the process is killed now, it would never return.
-pub fn wait_soon(tid: Pid) -> io::Result<Option<Stop>> {
+pub fn wait_soon(tid: Pid, timeout: Option<Duration>) -> io::Result<Option<Stop>> {
     for _ in 0..100 {
         if let Some(stop) = wait(tid, false)? {
             return Ok(Some(stop));
         }
         std::thread::yield_now();
     }
+    let begin = Instant::now();
     let mut pause = Duration::from_micros(20);
     loop {
         if let Some(stop) = wait(tid, false)? {
@@ -212,6 +214,9 @@ pub fn wait_soon(tid: Pid) -> io::Result<Option<Stop>> {
         }
         if pause > Duration::from_millis(1) && has_ended(tid) {
             return Ok(Some(Stop::Ended(libc::SIGKILL)));
+        }
+        if timeout.is_some_and(|timeout| begin.elapsed() > timeout) {
+            return Ok(None);
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(2));
@@ -319,4 +324,62 @@ pub fn raise_descriptor_limit() {
 pub fn has_no_filter(tid: Pid) -> bool {
     const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
     matches!(ptrace(PTRACE_SECCOMP_GET_FILTER, tid, 0, 0), Err(error) if error.raw_os_error() == Some(libc::EINVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    extern "C" fn sleep_for_ever(_: *mut libc::c_void) -> i32 {
+        loop {
+            // SAFETY: takes no memory.
+            unsafe { libc::pause() };
+        }
+    }
+
+    /// A process of two threads.
+    fn two_threads() -> Pid {
+        // SAFETY: the child makes a thread on a stack of its own, and both of them sleep until they are killed.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                let stack = libc::mmap(std::ptr::null_mut(), 1 << 16, protection, flags, -1, 0);
+                let flags = libc::CLONE_VM | libc::CLONE_SIGHAND | libc::CLONE_THREAD;
+                libc::clone(sleep_for_ever, stack.add(1 << 16), flags, std::ptr::null_mut());
+                sleep_for_ever(std::ptr::null_mut());
+            }
+            assert!(child > 0);
+            Pid(child)
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_main_thread_whose_other_threads_were_not_waited_for() {
+        let main = two_threads();
+        let threads = || -> Vec<i32> {
+            let entries = std::fs::read_dir(format!("/proc/{main}/task")).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
+        };
+        while threads().len() < 2 {
+            std::thread::yield_now();
+        }
+        let other = Pid(threads().into_iter().find(|&tid| tid != main.0).unwrap());
+        for tid in [main, other] {
+            seize(tid).unwrap();
+            interrupt(tid).unwrap();
+        }
+        // SAFETY: a child of ours that was not waited for.
+        unsafe { libc::kill(main.0, libc::SIGKILL) };
+        // The stop may come before the end.
+        let last = |tid| loop {
+            match wait_soon(tid, Some(Duration::from_secs(60))).unwrap() {
+                Some(Stop::Interrupted) => {}
+                stop => return stop,
+            }
+        };
+        assert!(matches!(last(main), Some(Stop::Ended(_))), "the main thread");
+        assert!(matches!(last(other), Some(Stop::Ended(_))), "the other");
+        assert!(matches!(last(main), Some(Stop::Ended(_))), "the main thread, when nobody is left");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ckpt_agent::process::Process;
 use ckpt_agent::{Channel, frame};
@@ -341,7 +341,7 @@ impl Tracee {
     fn wait_for_call(&self) -> Result<(), TraceError> {
         loop {
             // Calls that are injected do not wait for anything.
-            match sys::wait_soon(self.tid)? {
+            match sys::wait_soon(self.tid, None)? {
                 Some(Stop::Call) => return Ok(()),
                 Some(Stop::Ended(_)) => return Err(TraceError::Ended(self.tid)),
                 // A group stop: it takes effect when we let go.
@@ -594,7 +594,7 @@ impl Asleep {
 /// what lies below the stack, but between that point and the kernel's look at it, the program runs nothing.
 fn enter_call(tid: Pid, process: &Process, ready: &General, rest: &Rest, deadline: u64) -> io::Result<LetGo> {
     sys::resume_to_call(tid)?;
-    match sys::wait_soon(tid)? {
+    match sys::wait_soon(tid, None)? {
         Some(Stop::Call) => {}
         Some(Stop::Signal(signal)) => return Ok(LetGo::Now(signal)),
         _ => return Ok(LetGo::Now(0)),
@@ -628,27 +628,9 @@ fn write(process: &Process, at: u64, bytes: &[u8]) -> Result<(), TraceError> {
     Ok(())
 }
 
-/// Waits for the next stop of a tracee. Stops mostly come within microseconds.
+/// Waits for the next stop of a tracee, or its end.
 pub fn wait(tid: Pid, timeout: Duration) -> Result<Stop, TraceError> {
-    for _ in 0..50 {
-        if let Some(stop) = sys::wait(tid, false)? {
-            return Ok(stop);
-        }
-        std::thread::yield_now();
-    }
-    let deadline = Instant::now() + timeout;
-    let mut pause = Duration::from_micros(20);
-    loop {
-        if let Some(stop) = sys::wait(tid, false)? {
-            return Ok(stop);
-        }
-        if Instant::now() > deadline {
-            return Err(TraceError::TimedOut(tid));
-        }
-        // waitpid cannot wait with a timeout: look again, less and less often.
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
-    }
+    sys::wait_soon(tid, Some(timeout))?.ok_or(TraceError::TimedOut(tid))
 }
 
 /// Why something could not be done with a tracee.
