@@ -60,6 +60,17 @@ impl Load {
         self.pages * PAGE_SIZE
     }
 
+    /// Itself in pieces of so many pages at most.
+    pub fn pieces(&self, most: u64) -> Vec<Load> {
+        let mut first = self.first;
+        let runs = self.runs.iter().map(|run| {
+            let extent = PageExtent { first, pages: run.pages };
+            first += run.pages;
+            Pages { start: run.start, extent }
+        });
+        loads(runs, most)
+    }
+
     /// The iovecs of its runs.
     pub fn vectors(&self, batch: &mut Batch) -> Slot {
         let words: Vec<u64> = self.runs.iter().flat_map(|run| [run.start, run.pages * PAGE_SIZE]).collect();
