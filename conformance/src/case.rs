@@ -78,6 +78,7 @@ pub struct Case {
     pub snapshot: bool,
     pub loses_names: bool,
     pub passing_threads: bool,
+    pub idle: bool,
     /// How often in a row it is dumped and restored.
     pub rounds: usize,
     /// What the CPU must have, and whether it has.
@@ -115,6 +116,7 @@ impl Case {
             snapshot: false,
             loses_names: false,
             passing_threads: false,
+            idle: false,
             cpu: None,
             host: None,
         }
@@ -196,6 +198,12 @@ impl Case {
     /// Threads of the subject come and go while it waits: of each process only the main thread is compared.
     pub fn passing_threads(mut self) -> Case {
         self.passing_threads = true;
+        self
+    }
+
+    /// For most of a trial all wait for time to go by, so that several can be tried in the place of one.
+    pub fn idle(mut self) -> Case {
+        self.idle = true;
         self
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use ckpt_core::Backend;
@@ -43,12 +43,51 @@ pub struct Report {
     pub idle: Vec<String>,
 }
 
-/// The command line. If it does not say, there is one trial more at a time than processors: most of a trial waits for time
-/// to go by.
+/// The command line. If it does not say, there are as many trials at a time as there is [`Room`] for.
 pub fn arguments() -> Arguments {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads.get_or_insert_with(|| 1 + std::thread::available_parallelism().map_or(1, usize::from));
+    arguments.test_threads.get_or_insert_with(|| ROOM.size);
     arguments
+}
+
+/// How much may be tried at a time: one trial more than there are processors, as every trial waits now and then; in the place
+/// of one, several that do little else.
+pub struct Room {
+    size: usize,
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+pub static ROOM: LazyLock<Room> = LazyLock::new(|| {
+    let size = Room::PLACE * (1 + std::thread::available_parallelism().map_or(1, usize::from));
+    Room { size, free: Mutex::new(size), freed: Condvar::new() }
+});
+
+impl Room {
+    /// What a trial takes of it, and an idle one one of these.
+    const PLACE: usize = 4;
+
+    /// Runs something when there is room for a trial of this case.
+    pub fn with_place<T>(&self, case: &Case, run: impl FnOnce() -> T) -> T {
+        let needed = if case.idle { 1 } else { Room::PLACE };
+        let free = self.free.lock().expect("nothing in between panics");
+        *self.freed.wait_while(free, |free| *free < needed).expect("nothing in between panics") -= needed;
+        // Also when it panics, which the library makes a failure of.
+        let _place = Place { room: self, size: needed };
+        run()
+    }
+}
+
+struct Place<'a> {
+    room: &'a Room,
+    size: usize,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        *self.room.free.lock().expect("nothing in between panics") += self.size;
+        self.room.freed.notify_all();
+    }
 }
 
 /// Tries all `cases` with all `backends`, prints what came of it and writes it to `target/conformance-matrix.{txt,json}`.
@@ -116,14 +155,16 @@ fn trials(cells: &[Cell], subject: &Path, ended: &Ended) -> Vec<Trial> {
         let name = format!("{} {}", cell.way.name(), cell.case.name);
         let skipped = matches!(cell.todo, Todo::Skip(_) | Todo::Cannot(_));
         let trial = Trial::test(name, move || {
-            let begin = Instant::now();
-            let verdict = match &cell.todo {
-                Todo::Try => trial::run(&cell.case, &cell.way, &subject),
+            let (verdict, took) = match &cell.todo {
+                Todo::Try => ROOM.with_place(&cell.case, || {
+                    let begin = Instant::now();
+                    (trial::run(&cell.case, &cell.way, &subject), begin.elapsed())
+                }),
                 Todo::Skip(why) | Todo::Cannot(why) => return Err(format!("skipped: {why}").into()),
-                Todo::Fail(why) => Err(why.clone()),
+                Todo::Fail(why) => (Err(why.clone()), Duration::ZERO),
             };
             let key = (cell.case.name, cell.way.name());
-            ended.lock().expect("a trial's thread panicked").insert(key, (verdict.clone(), begin.elapsed()));
+            ended.lock().expect("a trial's thread panicked").insert(key, (verdict.clone(), took));
             Ok(verdict?)
         });
         trial.with_ignored_flag(skipped)

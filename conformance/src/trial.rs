@@ -271,10 +271,14 @@ impl Init<'_> {
         command.current_dir(&self.dir).stdout(output.try_clone().map_err(fail)?).stderr(output);
         command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("LANG", "C.UTF-8").env("HOME", &self.dir).env("TMPDIR", &self.dir);
-        // SAFETY: async-signal-safe. Whoever started the suite may have left descriptors open, which are no part of this.
+        // SAFETY: async-signal-safe. Whoever started the suite may have left descriptors open, and ignore signals, as a shell
+        // does for what it starts in the background; both are no part of this.
         unsafe {
             command.pre_exec(|| {
                 libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int);
+                for signal in 1..=libc::SIGRTMAX() {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             })
         };

@@ -14,7 +14,7 @@ use crate::case::{Case, Checkpoint};
 pub fn cases() -> Vec<Case> {
     let registers = &["registers"];
     let pipes = &["registers", "pipes"];
-    vec![
+    let ended_by_time = vec![
         Case::new("calls/nanosleep", registers, |checkpoint| timed(checkpoint, 0, nanosleep)),
         Case::new("calls/clock-nanosleep-absolute", registers, |checkpoint| timed(checkpoint, 0, sleep_until)),
         Case::new("calls/poll-timeout", registers, |checkpoint| timed(checkpoint, 0, poll_timeout))
@@ -45,6 +45,8 @@ pub fn cases() -> Vec<Case> {
             timed(checkpoint, -libc::EAGAIN, sigtimedwait_timeout)
         })
         .needs(&["what is left of a timeout, where the kernel does not tell"]),
+    ];
+    let ended_by_others = [
         Case::new("calls/read", pipes, read),
         Case::new("calls/write", pipes, write),
         Case::new("calls/poll", pipes, poll),
@@ -54,7 +56,8 @@ pub fn cases() -> Vec<Case> {
         Case::new("calls/waitid", &["registers", "tasks"], waitid),
         Case::new("calls/sigsuspend", &["registers", "signals"], sigsuspend),
         Case::new("calls/flock", &["registers", "files", "locks"], flock),
-    ]
+    ];
+    ended_by_time.into_iter().map(Case::idle).chain(ended_by_others).collect()
 }
 
 /// Long enough to be in progress at the dump and at the restore.
