@@ -1,5 +1,6 @@
-//! `--backend preload`, as an ordinary user whose ids are taken: one image restored several times at once, and the same tree
-//! saved and restored ten times. It goes on seeing its own ids, and reaches nobody who has them.
+//! `--backend preload`, as an ordinary user whose ids are taken: one image restored several times at once, or beside others who
+//! are given ids all the time, and the same tree saved and restored ten times. It goes on seeing its own ids, and reaches
+//! nobody who has them.
 
 mod common;
 
@@ -209,4 +210,45 @@ fn one_image_is_restored_several_times_at_once() {
     let output = home.output();
     assert_eq!(output.lines().filter(|line| *line == "end True True").count(), 4, "{output}");
     assert_eq!(output.lines().filter(|line| line.parse::<u64>().is_err()).count(), 4, "nothing else is said: {output}");
+}
+
+/// Forks without an end, until it is dropped.
+struct Storm(std::process::Child);
+
+impl Storm {
+    fn new() -> Storm {
+        const FORKS: &str =
+            "import os\nwhile True:\n    pids = [os.fork() for _ in range(9)]\n    for pid in pids: os.waitpid(pid, 0)";
+        // Its children end at once.
+        let forks = FORKS.replace("os.fork()", "(os.fork() or os._exit(0))");
+        Storm(Command::new("/usr/bin/python3").args(["-c", &forks]).stdin(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Storm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn ids_that_others_are_given_first() {
+    let home = Home::new();
+    let family = home.start();
+    let seen = family.ids();
+    home.dump(&family, "image", &[]);
+    std::mem::forget(family);
+    for pid in seen {
+        wait_for(pid, None);
+    }
+    let storm = Storm::new();
+    let family = home.restore("image", "pid");
+    drop(storm);
+    let before = home.rounds();
+    wait_until("it goes on", || home.rounds() > before + 5);
+    home.end();
+    family.finish();
+    let output = home.output();
+    assert_eq!(output.lines().next_back(), Some("end True True"), "{output}");
 }

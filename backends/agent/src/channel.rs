@@ -101,9 +101,13 @@ impl Channel {
                 watch: -1,
             },
         );
-        // A new thread or process takes its lane from the top of its stack.
-        channel.region.mapping().put(offset + layout.stack_top - 16, lane);
+        channel.put_address();
         channel
+    }
+
+    /// A new thread or process takes its lane from the top of its stack.
+    fn put_address(&self) {
+        self.region.mapping().put(self.offset + self.kind.layout().stack_top - 16, self.address());
     }
 
     /// The agent is on our own processor: it runs when we sleep.
@@ -130,6 +134,13 @@ impl Channel {
     pub fn reset(&mut self) {
         let Channel { kind, offset, base, pid, .. } = *self;
         *self = Channel::new(self.region.clone(), kind, offset, base, pid, Wait::Futex);
+    }
+
+    /// Once a process that was made on its stack has ended, for another in the place of that: what it is to do is to be done
+    /// still.
+    pub fn rearm(&mut self) {
+        self.put_address();
+        self.change(|lane| lane.done = 0);
     }
 
     /// Whether the agent has something to say.

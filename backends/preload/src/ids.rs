@@ -6,7 +6,8 @@
 //! and ended until the wanted one is next. That takes about a second for each round of 32,768 ids, so it is tried only
 //! where the range is that small. Ids below 300 are given out once, when the namespace is young, and cannot be met again.
 //!
-//! Where an id is taken or out of reach, the whole tree gets others, and sees its own: see `virtual_ids.rs`.
+//! Where an id is taken, is given to others before us, or is out of reach, the whole tree gets others, and sees its own: see
+//! `virtual_ids.rs`.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,8 +23,10 @@ pub const LARGEST_RANGE: u64 = 131_072;
 pub const LOWEST: i32 = 300;
 /// How long the id of a thread that has ended may be in use.
 const SETTLING: Duration = Duration::from_secs(1);
-/// How long one id may take. Others on the host may take the wanted one just before us, which costs a round.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long one id may be in use by others, and how many rounds a tree may lose to them: where they are given the wanted one just
+/// before us again and again, the tree gets other ids.
+const PATIENCE: Duration = Duration::from_secs(5);
+const MOST_LOST: u32 = 5;
 
 /// How ids are got.
 #[derive(Debug, Default)]
@@ -35,6 +38,8 @@ pub struct Ids {
     /// The last id that the kernel gave out to us.
     last: Option<i32>,
     range: u64,
+    /// Rounds in which others were given what we waited for.
+    lost: u32,
     /// To ask what is in use with.
     probe: Option<OwnedFd>,
 }
@@ -49,7 +54,7 @@ impl Ids {
     /// For the ids of an image: its own, where the kernel allows that.
     pub fn new(wanted: &[Pid]) -> io::Result<Ids> {
         let range = range()?;
-        let mut ids = Ids { others: false, walking: !sys::may_choose_ids(), last: None, range, probe: None };
+        let mut ids = Ids { others: false, walking: !sys::may_choose_ids(), last: None, range, lost: 0, probe: None };
         for id in wanted {
             let out_of_reach = ids.walking && (range > LARGEST_RANGE || id.0 < LOWEST);
             if out_of_reach || id.0 as u64 >= range || ids.stays_in_use(*id)? {
@@ -58,6 +63,11 @@ impl Ids {
             }
         }
         Ok(ids)
+    }
+
+    /// Whatever ids the kernel gives.
+    pub fn of_others() -> Ids {
+        Ids { others: true, ..Ids::default() }
     }
 
     /// Whether the tree gets other ids than its own.
@@ -92,18 +102,21 @@ impl Ids {
         if self.range > LARGEST_RANGE {
             return Err(io::Error::other(format!("{NOT_PERMITTED} (pid_max is {})", self.range)));
         }
-        let begin = Instant::now();
+        let mut in_use_since = None;
         loop {
-            if begin.elapsed() > PATIENCE {
+            let in_use = self.in_use(id.0)?;
+            let waited = in_use.then(|| in_use_since.get_or_insert_with(Instant::now).elapsed());
+            if self.lost > MOST_LOST || waited.is_some_and(|waited| waited > PATIENCE) {
                 return Err(io::Error::from_raw_os_error(libc::EEXIST));
             }
-            if self.in_use(id.0)? {
+            if in_use {
                 // It was free when the plan was made: most likely it belongs to something short, as most do.
                 self.last = None;
                 std::thread::sleep(Duration::from_millis(10));
                 continue;
             }
             if !self.walk_to(id.0)? {
+                self.lost += 1;
                 continue;
             }
             let made = work(Step::Make(None))?;
@@ -112,6 +125,7 @@ impl Ids {
                 return Ok(());
             }
             // Somebody was faster. What was made has the wrong id.
+            self.lost += 1;
             work(Step::Undo(made))?;
         }
     }

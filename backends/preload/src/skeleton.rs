@@ -109,6 +109,17 @@ enum Part {
 /// Makes the tree of an image.
 pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
     raise_descriptor_limit();
+    let ids = Ids::new(&all_ids(image)).map_err(|error| failed("process ids", error))?;
+    match build_with(image, ids) {
+        // It was free, and others on this host were faster: the tree gets other ids, as where they are taken from the start.
+        Err(RestoreError::Io { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => {
+            build_with(image, Ids::of_others())
+        }
+        result => result,
+    }
+}
+
+fn build_with(image: &Image, ids: Ids) -> Result<SkeletonTree, RestoreError> {
     let layout = lay_out(image);
     let region = Region::create(layout.region_size).map_err(|error| failed("the region of the agents", error))?;
     let region = Arc::new(region);
@@ -122,7 +133,7 @@ pub fn build(image: &Image) -> Result<SkeletonTree, RestoreError> {
         made: BTreeMap::new(),
         has_table: image.virtual_ids,
         shim: launch::shim_file().map_err(|error| failed("the shim", error))?,
-        ids: Ids::new(&all_ids(image)).map_err(|error| failed("process ids", error))?,
+        ids,
     };
     for (process, &lane) in image.processes.iter().zip(&layout.lanes) {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
@@ -544,6 +555,7 @@ fn make_task(
                 batch.try_call(Sysno::kill, args![stray.0, libc::SIGKILL]);
                 batch.call(Sysno::wait4, args![stray.0, 0, libc::__WALL, 0]);
                 target.run(&batch).map_err(io::Error::other)?;
+                lane.again().rearm();
                 Ok(stray)
             }
         }
@@ -862,6 +874,7 @@ impl Drop for SkeletonTree {
         }
         let processes: Vec<Process> = self.each().filter_map(|target| target.process.take()).collect();
         let root = self.each().next().map(|target| target.task.pid);
+        let root = root.and_then(|root| self.made.get(&root).copied());
         // Each agent ends with its socket.
         self.targets.clear();
         for process in &processes {

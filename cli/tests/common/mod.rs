@@ -64,6 +64,13 @@ pub fn start(command: &mut Command) -> Running {
     // Files, so that nobody waits for a reader.
     let (out, errors) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     command.stdout(out.try_clone().unwrap()).stderr(errors.try_clone().unwrap());
+    // SAFETY: async-signal-safe. A shell that started the tests in the background has had them ignore it.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            Ok(())
+        })
+    };
     let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     Running { child, out, errors }
 }
