@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::case::{Clients, Program};
+use crate::visible::numbers;
 
 const SERVER: &str = "/usr/sbin/nginx";
 const ADDRESS: &str = "127.0.0.1:8089";
@@ -73,7 +74,7 @@ fn wait_for(what: &str, so: impl Fn() -> bool) -> Result<(), String> {
     Ok(())
 }
 
-/// Both workers answer, and a large file comes whole.
+/// Workers answer, and a large file comes whole.
 fn use_it() -> Result<(), String> {
     let mut workers = std::collections::BTreeSet::new();
     for _ in 0..REQUESTS {
@@ -97,7 +98,15 @@ fn connections() -> usize {
 
 fn prepare(_dir: &Path) -> Result<(), String> {
     wait_for("nginx to listen", || get("/who").is_ok())?;
+    // One that answers may have a sister that is not all there yet.
+    wait_for("both workers to work", || workers() == 2)?;
     use_it()
+}
+
+/// Workers of this trial's pid namespace that are set up: the title is the last that they change of themselves.
+fn workers() -> usize {
+    let title = |pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    numbers(Path::new("/proc")).into_iter().filter(|&pid| title(pid).starts_with(b"nginx: worker process")).count()
 }
 
 /// Bytes that wait in the Unix sockets of the tree: the master tells each worker of the next, in its own time.
