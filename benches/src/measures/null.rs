@@ -10,7 +10,7 @@ use crate::command;
 use crate::record::Null;
 use crate::statistics::{Summary, median, paired_ratio};
 
-const PAIRS: usize = 60;
+const PAIRS: usize = 300;
 
 pub fn measure(place: &Path, timeout: Duration) -> Result<Null, String> {
     let own = std::env::current_exe().map_err(|error| format!("the driver's own file: {error}"))?;
