@@ -1,7 +1,8 @@
 //! A redis that answers before its memory is there: the tools that bring it in behind, and beside them those that do not.
 //!
-//! Each tool saves its own redis once; then that image is restored again and again, in turn, from the page cache. A client
-//! begins to ask as soon as the restore command is started, and goes on until all pages are in.
+//! In turn, each tool saves a redis of its own and restores it from the page cache: anew in each round, as what a client waits
+//! for depends on what is in memory where. The client begins to ask as soon as the restore command is started, and goes on until
+//! all pages are in.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -42,13 +43,13 @@ impl Workload {
     }
 }
 
-/// A way to restore that image of a tool.
+/// A way to save and restore.
 struct Way<'a> {
     tool: &'a dyn Tool,
     lazily: Option<Lazily>,
-    image: PathBuf,
-    address: Address,
-    keys: usize,
+    redis: Redis,
+    /// Of one round.
+    at: PathBuf,
     /// Where the images of all are; they go with the last way.
     _place: Arc<TempDir>,
 }
@@ -72,29 +73,22 @@ pub fn comparisons<'a>(bench: &'a Bench, workload: &Workload) -> Result<Vec<Comp
     let (place, timeout) = (Arc::new(place), bench.timeout);
     let (mut turns, mut again): (Vec<Turn<'a>>, _) = (Vec::new(), None);
     for tool in tools {
-        let at = place.path().join(tool.name());
-        let address = match save(tool, &redis, &at, timeout) {
-            Ok(address) => address,
-            Err(failure) => {
-                let name = tool.lazily().map_or(tool.name(), |lazily| lazily.name);
-                turns.push((name.into(), Box::new(move || Err(failure.clone()))));
-                continue;
-            }
-        };
         let mut restore = |name: &str, lazily: Option<Lazily>| {
-            let (image, address, _place) = (at.join("image"), address.clone(), place.clone());
-            let way = Way { tool, lazily, image, address, keys: workload.keys, _place };
+            let way = Way { tool, lazily, redis, at: place.path().join(name), _place: place.clone() };
             turns.push((name.into(), Box::new(move || round(&way, timeout))));
         };
-        // CRIU restores both ways, from the same image.
+        // CRIU restores both ways.
         if tool.name() != "userfault" {
             restore(tool.name(), None);
         }
         if let Some(lazily) = tool.lazily() {
             restore(lazily.name, Some(lazily));
         }
-        if tool.name() == "userfault" {
-            again = Some(working_set::Saved { tool, image: at.join("image"), address, keys: workload.keys });
+        let recorded_at = place.path().join("recorded");
+        if tool.name() == "userfault"
+            && let Ok(address) = save(tool, &redis, &recorded_at, timeout)
+        {
+            again = Some(working_set::Saved { tool, image: recorded_at.join("image"), address, keys: workload.keys });
         }
     }
     let size = workload.bytes();
@@ -130,10 +124,15 @@ fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Resu
 }
 
 fn round(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
-    into_page_cache(&way.image)?;
-    let result = restore(way, timeout);
+    // What a round that failed has left.
+    let _ = std::fs::remove_dir_all(&way.at);
+    let address = save(way.tool, &way.redis, &way.at, timeout)?;
+    let image = way.at.join("image");
+    into_page_cache(&image)?;
+    let result = restore(way, &image, &address, timeout);
     let ended = command::end_descendants();
-    result.and_then(|samples| ended.map(|()| samples))
+    let removed = std::fs::remove_dir_all(&way.at).map_err(|error| format!("{}: {error}", way.at.display()));
+    result.and_then(|samples| ended.and(removed).map(|()| samples))
 }
 
 /// Whether somebody listens on a Unix socket. To connect would be taken for the restore.
@@ -167,16 +166,16 @@ pub fn into_page_cache(image: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn restore(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
-    let (mut samples, keys) = (Samples::default(), way.keys);
-    let place = way.image.parent().ok_or("an image without a place")?;
+fn restore(way: &Way<'_>, image: &Path, address: &Address, timeout: Duration) -> Result<Samples, String> {
+    let (mut samples, keys) = (Samples::default(), way.redis.keys);
+    let place = &way.at;
     let daemon = match way.lazily.as_ref().and_then(|lazily| lazily.daemon) {
         Some(daemon) => {
-            let mut command = daemon(way.tool, &way.image);
+            let mut command = daemon(way.tool, image);
             let log = place.join("daemon.log");
             let daemon = command::start(&mut command, "the daemon", &log).map_err(|failure| failure.reason)?;
             // Whoever uses it starts it before as well; its start is not counted.
-            let socket = way.image.join("lazy-pages.socket");
+            let socket = image.join("lazy-pages.socket");
             let begun = Instant::now();
             while !listens(&socket) {
                 if begun.elapsed() > timeout {
@@ -190,15 +189,15 @@ fn restore(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
         None => None,
     };
     let mut command: Command = match &way.lazily {
-        Some(lazily) => (lazily.restore)(way.tool, &way.image),
-        None => way.tool.restore(&way.image)?,
+        Some(lazily) => (lazily.restore)(way.tool, image),
+        None => way.tool.restore(image)?,
     };
     let log = place.join("restore.log");
     let running = command::start(&mut command, "restore", &log).map_err(|failure| failure.reason)?;
     let begun = running.begun();
     let (give_up, loaded) = (AtomicBool::new(false), AtomicBool::new(false));
     let (done, seen) = std::thread::scope(|scope| {
-        let asking = std::thread::Builder::new().spawn_scoped(scope, || ask(way, timeout, &give_up, &loaded));
+        let asking = std::thread::Builder::new().spawn_scoped(scope, || ask(way, address, timeout, &give_up, &loaded));
         let done = running.wait(timeout).and_then(|taken| match daemon {
             Some(daemon) => daemon.wait(timeout).map(|daemon| daemon.begun.max(taken.begun)),
             None => Ok(taken.begun),
@@ -228,7 +227,7 @@ fn restore(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
         samples.add("fault-p99", Unit::Microseconds, number(&figures["fault_latency_us"]["p99"])?);
     }
     // All of it must be what it was.
-    let mut connection = Connection::open(&way.address, timeout, &http::NEVER)?;
+    let mut connection = Connection::open(address, timeout, &http::NEVER)?;
     let count = connection.ask("DBSIZE")?;
     if count != keys.to_string() {
         return Err(format!("after the restore: {count} keys of {keys}"));
@@ -237,9 +236,15 @@ fn restore(way: &Way<'_>, timeout: Duration) -> Result<Samples, String> {
     Ok(samples)
 }
 
-fn ask(way: &Way<'_>, timeout: Duration, give_up: &AtomicBool, loaded: &AtomicBool) -> Result<Seen, String> {
-    let keys = way.keys;
-    let mut connection = Connection::open(&way.address, timeout, give_up)?;
+fn ask(
+    way: &Way<'_>,
+    address: &Address,
+    timeout: Duration,
+    give_up: &AtomicBool,
+    loaded: &AtomicBool,
+) -> Result<Seen, String> {
+    let keys = way.redis.keys;
+    let mut connection = Connection::open(address, timeout, give_up)?;
     connection.ask("PING")?;
     let ping = Instant::now();
     connection.get(keys / 2)?;
