@@ -217,11 +217,11 @@ struct Storm(std::process::Child);
 
 impl Storm {
     fn new() -> Storm {
-        const FORKS: &str =
-            "import os\nwhile True:\n    pids = [os.fork() for _ in range(9)]\n    for pid in pids: os.waitpid(pid, 0)";
         // Its children end at once.
-        let forks = FORKS.replace("os.fork()", "(os.fork() or os._exit(0))");
-        Storm(Command::new("/usr/bin/python3").args(["-c", &forks]).stdin(Stdio::null()).spawn().unwrap())
+        const FORKS: &str = "import os
+while True:
+    for pid in [os.fork() or os._exit(0) for _ in range(9)]: os.waitpid(pid, 0)";
+        Storm(Command::new("/usr/bin/python3").args(["-c", FORKS]).stdin(Stdio::null()).spawn().unwrap())
     }
 }
 

@@ -64,7 +64,7 @@ pub fn comparisons<'a>(bench: &'a Bench, workload: &Workload) -> Result<Vec<Comp
     if !tools.iter().any(|tool| tool.lazily().is_some()) {
         return Err("none of the tools restores lazily".into());
     }
-    // One more to record what is asked for.
+    // A round removes what it saved; one that failed may leave it.
     let images = tools.len() as u64 + 1;
     if let Some(why) = redis.absent().or_else(|| no_room(&bench.images, workload.bytes(), images)) {
         return Err(why);
@@ -84,31 +84,27 @@ pub fn comparisons<'a>(bench: &'a Bench, workload: &Workload) -> Result<Vec<Comp
         if let Some(lazily) = tool.lazily() {
             restore(lazily.name, Some(lazily));
         }
-        let recorded_at = place.path().join("recorded");
-        if tool.name() == "userfault"
-            && let Ok(address) = save(tool, &redis, &recorded_at, timeout)
-        {
-            again = Some(working_set::Saved { tool, image: recorded_at.join("image"), address, keys: workload.keys });
+        if tool.name() == "userfault" {
+            again = Some(working_set::turns(tool, redis, &place, timeout));
         }
     }
     let size = workload.bytes();
     let subject = Subject { group: Group::Lazy, workload: workload.name.into(), size, baseline: "userfault" };
     let mut comparisons = vec![Comparison::new(subject, bench.limits, turns)];
-    if let Some(saved) = again {
+    if let Some(turns) = again {
         let subject = Subject {
             group: Group::Lazy,
             workload: format!("{}-again", workload.name),
             size,
             baseline: working_set::WITHOUT,
         };
-        let turns = working_set::turns(saved, place, timeout);
         comparisons.push(Comparison::new(subject, bench.limits, turns));
     }
     Ok(comparisons)
 }
 
 /// Starts a redis and saves it; gives where it listens.
-fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Result<Address, String> {
+pub fn save(tool: &dyn Tool, redis: &Redis, place: &Path, timeout: Duration) -> Result<Address, String> {
     std::fs::create_dir(place).map_err(|error| format!("{}: {error}", place.display()))?;
     let result = (|| {
         let (command, mut session, address) = redis.prepare_at(place)?;

@@ -4,18 +4,18 @@
 //! Nothing is brought in but what is asked for (`--no-sweep`), so that every fault is one of these requests. The programs
 //! are ended when they have answered: the pager then tells its figures.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::lazy::{into_page_cache, own_figures};
+use super::lazy::{into_page_cache, own_figures, save};
 use super::{Samples, Turn};
 use crate::command;
 use crate::programs::http;
-use crate::programs::redis::{Address, Connection};
+use crate::programs::redis::{Address, Connection, Redis};
 use crate::record::Unit;
 use crate::tools::Tool;
 
@@ -26,47 +26,31 @@ pub const WITHOUT: &str = "userfault, nothing recorded";
 const WITH: &str = "userfault, recorded";
 
 /// What is restored, and asked.
-#[derive(Clone)]
-pub struct Saved<'a> {
-    pub tool: &'a dyn Tool,
-    pub image: PathBuf,
-    pub address: Address,
-    pub keys: usize,
+struct Saved<'a> {
+    tool: &'a dyn Tool,
+    image: PathBuf,
+    address: Address,
+    keys: usize,
 }
 
-/// In a copy of the image. Each round records anew, as no two recordings are quite the same.
-pub fn turns(saved: Saved<'_>, place: Arc<TempDir>, timeout: Duration) -> Vec<Turn<'_>> {
-    let again = copy(&saved.image, &place.path().join("again/image")).map(|image| Saved { image, ..saved });
-    let turn = |name: &str, records: bool, options: &'static [&'static str]| -> Turn<'_> {
-        let (again, place) = (again.clone(), place.clone());
+/// Each round saves a redis of its own, and records anew: how many pages are missed depends on both.
+pub fn turns<'a>(tool: &'a dyn Tool, redis: Redis, place: &Arc<TempDir>, timeout: Duration) -> Vec<Turn<'a>> {
+    let turn = |name: &str, records: bool, options: &'static [&'static str]| -> Turn<'a> {
+        let place = place.clone();
         let work = move || {
-            let _ = &place;
-            let again = again.as_ref().map_err(String::clone)?;
+            let at = place.path().join("again");
+            // What a round that failed has left.
+            let _ = std::fs::remove_dir_all(&at);
+            let address = save(tool, &redis, &at, timeout)?;
+            let saved = Saved { tool, image: at.join("image"), address, keys: redis.keys };
             if records {
-                // What is brought in by an earlier one would not be recorded.
-                let _ = std::fs::remove_file(again.image.join("working-set"));
-                round(again, &["--record-working-set"], timeout).map_err(|why| format!("while recording: {why}"))?;
+                round(&saved, &["--record-working-set"], timeout).map_err(|why| format!("while recording: {why}"))?;
             }
-            round(again, options, timeout)
+            round(&saved, options, timeout)
         };
         (name.into(), Box::new(work))
     };
     vec![turn(WITHOUT, false, &["--no-sweep", "--ignore-working-set"]), turn(WITH, true, &["--no-sweep"])]
-}
-
-/// Copies the files of an image.
-fn copy(image: &Path, to: &Path) -> Result<PathBuf, String> {
-    let copied: std::io::Result<()> = (|| {
-        std::fs::create_dir_all(to)?;
-        for entry in std::fs::read_dir(image)? {
-            let entry = entry?;
-            if entry.file_type()?.is_file() {
-                std::fs::copy(entry.path(), to.join(entry.file_name()))?;
-            }
-        }
-        Ok(())
-    })();
-    copied.map(|()| to.to_path_buf()).map_err(|error| format!("copying {}: {error}", image.display()))
 }
 
 fn round(saved: &Saved<'_>, options: &[&str], timeout: Duration) -> Result<Samples, String> {
